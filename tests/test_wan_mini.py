@@ -33,6 +33,21 @@ def shares(path: Path) -> dict[str, float]:
     return {name: float(of_pixels.mean()) for name, of_pixels in found.items()}
 
 
+def count_pixels(path: Path) -> dict[str, list[int]]:
+    """How many pixels of each frame are plainly red or blue, in its left and its right half."""
+    frames = mp4.read_frames(path)
+    rgb = [np.frombuffer(frame.rgb, np.uint8).reshape(frame.height, frame.width, 3) for frame in frames]
+    r, g, b = np.moveaxis(np.stack(rgb).astype(int), 3, 0)
+    middle = r.shape[2] // 2
+    halves = {"left": slice(middle), "right": slice(middle, None)}
+    colours = {"red": (r > 150) & (g < 110) & (b < 110), "blue": (b > 150) & (r < 110)}
+    return {
+        f"{colour} {side}": pixels[:, :, half].sum((1, 2)).tolist()
+        for colour, pixels in colours.items()
+        for side, half in halves.items()
+    }
+
+
 def test_the_weights_are_a_wan_of_40_blocks_in_16_mib() -> None:
     sizes = identify(wan_mini.FOLDER).transformer_config
     assert (sizes.num_layers, sizes.in_dim, sizes.text_len) == (40, 16, 512)
@@ -58,6 +73,25 @@ def test_a_prompt_is_rendered_in_its_colours(
     assert list(tmp_path.glob("a-red-circle-drifts-to-the-left*.mp4"))
     again = run_wancli(capsys, "render", "--prompt", RED, "-o", "out.mp4", "--cache-dir", tmp_path / "cache")
     assert "1 already done" in again.err
+
+
+def test_a_colour_injected_into_the_right_half_is_that_of_the_circle_after_it_crosses_the_middle(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    blue = {"prompt": "A blue circle moves right on a white background.", "region": [0.5, 0, 1, 1]}
+    job = {
+        "output": "out/{id}.mp4",
+        "prompt": "A red circle moves right on a white background.",
+        "sampler": {"steps": 12},
+        "items": [{"id": "plain"}, {"id": "crossing", "inject": [blue]}],
+    }
+    assert run_wancli(capsys, "render", write_job(tmp_path, job), "--cache-dir", tmp_path / "cache").code == 0
+    plain, crossing = (count_pixels(tmp_path / f"out/{id}.mp4") for id in ("plain", "crossing"))
+    assert min(plain["red left"][0], plain["red right"][-1]) > 300  # it moves from left to right
+    assert max(plain["blue left"] + plain["blue right"]) == 0
+    assert crossing["red left"][0] > 300
+    assert crossing["blue right"][-1] > 300
+    assert max(crossing["blue left"] + crossing["red right"]) < 30
 
 
 def test_the_injected_prompt_wins_where_all_blocks_read_it(

@@ -12,7 +12,20 @@ from torch import Tensor
 
 from wancli.injection.area import Area
 from wancli.injection.contexts import ContextCache, TokenAreas
-from wancli.injection.table import AreaWeight, Cell, Concat, Emphasis, Lerp, Nag, Select, Steer, Text
+from wancli.injection.table import (
+    AreaWeight,
+    Blend,
+    Cell,
+    Concat,
+    Emphasis,
+    Lerp,
+    Nag,
+    Rule,
+    Select,
+    Steer,
+    Text,
+    apply_rule,
+)
 from wancli.models.config import WanConfig
 from wancli.models.dit import WanModel
 
@@ -148,6 +161,56 @@ def test_a_word_may_have_another_weight_in_each_frame(oracle: Oracle):
     by_frame = [oracle.attend(oracle.rows("a"), mass_N) for mass_N in mass]
     expected = torch.cat([y_LD[4 * f : 4 * f + 4] for f, y_LD in enumerate(by_frame)])
     assert relative_error(oracle.ours(cell), oracle.out(expected)) < 1e-5
+
+
+# The weights of the two columns and the three latent frames of a latent of 3 x 4 x 4.
+AREAS = [
+    (Area(region=(0.5, 0, 1, 1)), (0, 1), (1, 1, 1)),
+    (Area(region=(0.25, 0, 1, 1)), (0.5, 1), (1, 1, 1)),
+    (Area(region=(0.5, 0, 1, 1), feather=0.5), (0.125, 0.875), (1, 1, 1)),
+    (Area(frames=(3, 8)), (1, 1), (0, 0.5, 1)),
+    (Area(frames=(3, 8), region=(0, 0, 0.25, 1)), (0.5, 0), (0, 0.5, 1)),
+]
+
+
+@pytest.mark.parametrize("blend", ["context-lerp", "output-mix", "replace", "concat"])
+@pytest.mark.parametrize(("area", "by_column", "by_frame"), AREAS, ids=str)
+def test_each_token_reads_both_by_its_weight_in_the_area(
+    oracle: Oracle, blend: Blend, area: Area, by_column: tuple[float, ...], by_frame: tuple[float, ...]
+):
+    strength = 1.0 if blend == "replace" else 0.6
+    rule = Rule("b", ((0, strength),), ((0, 1.0),), ("cond",), blend, 1.0, area=area)
+    rows_a, rows_b = oracle.rows("a"), oracle.rows("b")
+    outside = oracle.attend(rows_a)
+    match blend:
+        case "context-lerp":
+            inside = oracle.attend(0.4 * rows_a + 0.6 * rows_b)
+        case "output-mix":
+            inside = 0.4 * outside + 0.6 * oracle.attend(rows_b)
+        case "replace":
+            inside = oracle.attend(rows_b)
+        case "concat":
+            mass_N = torch.cat((torch.ones(512), torch.full((512,), 0.6))).double()
+            inside = oracle.attend(torch.cat((rows_a, rows_b)), mass_N)
+    w_LD = torch.tensor([t * x for t in by_frame for _ in range(2) for x in by_column]).double()[:, None]
+    plain = ((A, 1.0),)
+    found = oracle.ours(apply_rule(rule, plain, A, strength))
+    assert relative_error(found, oracle.out((1 - w_LD) * outside + w_LD * inside)) < 1e-5
+    untouched = w_LD[:, 0] == 0
+    assert torch.equal(found[untouched], oracle.ours(plain)[untouched])
+
+
+def test_rules_that_follow_each_other_within_a_latent_frame_leave_nothing_of_the_prompt_before(
+    oracle: Oracle,
+):
+    """Frames 0-2 read b and frames 3-8 read c: the second latent frame, 1 to 4, reads half of each."""
+    cell: Cell = ((A, 1.0),)
+    for text, frames in (("b", (0, 2)), ("c", (3, 8))):
+        rule = Rule(text, ((0, 1.0),), ((0, 1.0),), ("cond",), "replace", 1.0, area=Area(frames=frames))
+        cell = apply_rule(rule, cell, A, 1.0)
+    b, c = (oracle.attend(oracle.rows(id)) for id in ("b", "c"))
+    w_LD = torch.tensor([1.0] * 4 + [0.5] * 4 + [0.0] * 4).double()[:, None]
+    assert relative_error(oracle.ours(cell), oracle.out(w_LD * b + (1 - w_LD) * c)) < 1e-5
 
 
 def guided(positive: Tensor, negative: Tensor, scale: float, tau: float) -> Tensor:

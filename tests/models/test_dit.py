@@ -237,10 +237,12 @@ def test_each_token_attends_by_its_own_weights(weights: tuple[float, float]):
     assert asked.count(nonzero[1]) >= 1
 
 
+@pytest.mark.parametrize("weights", [(1.0, 0, 0, 1, 0.5, 0, 0.25, 1), (0, 0, 0, 1.0, 1, 1, 0, 0.5)], ids=str)
 @pytest.mark.parametrize("chunk", [3, 100])
-def test_chunks_of_tokens_keep_their_weights(chunk: int):
+def test_chunks_of_tokens_keep_their_weights(chunk: int, weights: tuple[float, ...]):
+    """Also if all tokens of a chunk are outside, or inside."""
     torch.manual_seed(3)
-    x_BCTYX, weights_L = torch.randn(1, 16, 2, 4, 4), torch.tensor([1.0, 0, 0, 1, 0.5, 0, 0.25, 1])
+    x_BCTYX, weights_L = torch.randn(1, 16, 2, 4, 4), torch.tensor(weights)
     velocities = []
     for tokens in (None, chunk):
         model = WanModel(CONFIG, ComputeOptions(chunk=tokens)).eval()

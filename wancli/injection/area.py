@@ -65,6 +65,7 @@ class Mask:
 
     sha256: str  # of the pixels
     grid: TokenGrid
+    size: tuple[int, int] = field(compare=False)  # of the file: it is stretched
     path: Path = field(compare=False)
     weights_FYX: Weights = field(compare=False, repr=False)
 

@@ -257,8 +257,11 @@ def join_heads(y_BHLK: Tensor) -> Tensor:
 
 
 def narrow_mix(mix: Mix, start: int, stop: int) -> Mix:
-    """Return the mix of consecutive tokens."""
-    return tuple((context, narrow(weight, start, stop)) for context, weight in mix)
+    """Return the mix of consecutive tokens, without the parts that none of them reads."""
+    narrowed = ((context, narrow(weight, start, stop)) for context, weight in mix)
+    return tuple(
+        (context, weight) for context, weight in narrowed if isinstance(weight, Tensor) or weight != 0.0
+    )
 
 
 def sum_weighted(parts: Sequence[tuple[Tensor, float | Tensor]]) -> Tensor:

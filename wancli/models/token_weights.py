@@ -21,7 +21,7 @@ class TokenWeights:
     def __init__(self, weights_L: Tensor, device: str | torch.device = "cpu") -> None:
         self._weights_L = weights_L
         self._device = device
-        self._parts: dict[tuple[int, int], TokenWeights] = {}
+        self._parts: dict[tuple[int, int], float | TokenWeights] = {}
 
     @cached_property
     def dense(self) -> Tensor:
@@ -39,14 +39,13 @@ class TokenWeights:
         weights_N = self._weights_L[self._weights_L != 0]
         return None if bool((weights_N == 1).all()) else weights_N.to(self._device)
 
-    @property
-    def is_zero(self) -> bool:
-        return not bool(self._weights_L.any())
-
-    def narrow(self, start: int, stop: int) -> TokenWeights:
-        """Return the weights of consecutive tokens."""
+    def narrow(self, start: int, stop: int) -> float | TokenWeights:
+        """Return the weights of consecutive tokens: a number if all are the same."""
         if (start, stop) not in self._parts:
-            self._parts[start, stop] = TokenWeights(self._weights_L[start:stop], self._device)
+            part_L = self._weights_L[start:stop]
+            first = part_L[0].item()
+            same = bool((part_L == first).all())
+            self._parts[start, stop] = first if same else TokenWeights(part_L, self._device)
         return self._parts[start, stop]
 
 

@@ -59,19 +59,24 @@ class MaskReader:
         """Return the mask of a file for a video. Raises JobError, FfmpegError and Unreadable."""
         key = file_identity(path), feather, grid
         if key not in self._known:
-            digest = hashlib.sha256()
+            digest, sizes = hashlib.sha256(), [(0, 0)]
             try:
-                weights_FYX = average_mask(_digested(_read_grey(path), digest), feather, grid)
+                weights_FYX = average_mask(_digested(_read_grey(path), digest, sizes), feather, grid)
             except ValueError as error:
                 hint = "Its frames are those of the video, one by one; take a longer one, or a picture."
                 raise JobError(str(error), hint=hint) from None
-            self._known[key] = Mask(digest.hexdigest(), grid, path, weights_FYX)
+            self._known[key] = Mask(digest.hexdigest(), grid, sizes[-1], path, weights_FYX)
         return self._known[key]
 
 
-def _digested(pictures: Iterator[Grey], digest: hashlib._Hash) -> Iterator[Grey]:
+def _digested(
+    pictures: Iterator[Grey], digest: hashlib._Hash, sizes: list[tuple[int, int]]
+) -> Iterator[Grey]:
+    """Yield the pictures; update the digest, and add the size of each."""
     for grey_YX in pictures:
-        digest.update(f"{grey_YX.shape[1]}x{grey_YX.shape[0]}\n".encode())
+        height, width = grey_YX.shape
+        sizes.append((width, height))
+        digest.update(f"{width}x{height}\n".encode())
         digest.update(grey_YX.tobytes())
         yield grey_YX
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from wancli.injection.table import injected_share_by_block
 from wancli.plan.pictures import GivenFrame, InjectedPicture, LinkedFrame, PictureFile
 from wancli.progress import make_printable
+from wancli.report.area_text import describe_area, draw_area
 from wancli.report.terminal import draw_bar, draw_ruler, truncate
 from wancli.units import format_ranges, list_some, pluralize
 
@@ -40,6 +41,9 @@ def format_shot(shot: Shot, placement: Placement) -> Iterator[str]:
         yield f"{'batch':>16}  one of {placement.batch_size} shots on each pass over the weights"
     for index in range(len(shot.rules)):
         yield f"{f'inject.{index}':>16}  {describe_rule(shot, index)}"
+        if area := shot.rules[index].area:
+            yield f"{'area':>16}  {describe_area(area, shot.token_grid)}"
+            yield from (f"{title:>16}  {line}" for title, line in draw_area(area, shot.token_grid))
         for choice in (choice for choice in shot.auto_blocks if choice.rule == index):
             yield f"{choice.spec:>16}  is {choice.blocks}, by {choice.map_name}"
     if shot.attention:

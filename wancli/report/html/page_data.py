@@ -267,7 +267,7 @@ def _area(record: AreaRecord) -> Area:
     mask = None
     if record.mask:
         grid, none = TokenGrid(0, 0, 0), numpy.zeros((1, 0, 0))
-        mask = Mask(record.mask.sha256, grid, Path(record.mask.path), none)
+        mask = Mask(record.mask.sha256, grid, (0, 0), Path(record.mask.path), none)
     return Area(record.frames, record.region, record.feather, mask)
 
 

@@ -112,6 +112,21 @@ def test_the_injected_prompt_wins_where_all_blocks_read_it(
     assert injected["white"] > 0.5 > main["white"]
 
 
+def test_a_list_of_prompts_changes_the_background_at_the_frame_it_says(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Frame 5 begins a latent frame, in which the picture turns; the VAE spreads that over a frame."""
+    prompts = [f"A red circle drifts to the left on a {colour} background." for colour in ("black", "white")]
+    segments = [{"text": prompts[0], "frames": "0-4"}, {"text": prompts[1], "frames": "5-8"}]
+    said = {"output": "out/clip.mp4", "seed": 2, "sampler": {"steps": 8, "guidance": 13}}
+    path = write_job(tmp_path, said | {"prompt": segments})
+    assert run_wancli(capsys, "render", path, "--cache-dir", tmp_path / "cache").code == 0
+    frames = mp4.read_frames(tmp_path / "out/clip.mp4")
+    greys = [float(np.median(np.frombuffer(frame.rgb, np.uint8))) for frame in frames]
+    assert max(greys[:5]) < 30
+    assert min(greys[6:]) > 200
+
+
 def test_one_seed_gives_one_file_and_another_seed_another(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -14,6 +14,7 @@ import pytest
 import torch
 from forked import start
 from jobs import (
+    CAT,
     FISH,
     KEPT,
     CommandResult,
@@ -78,6 +79,7 @@ def test_a_run_stopped_in_every_step_ends_with_the_latent_of_an_unstopped_run(
         "sampler": {"steps": steps, "solver": solver},
         "video": KEPT,
         "inject": [rule(blocks="late", region=[0, 0, 0.4, 1])],
+        **({"frames": 5, "prompt": [CAT, FISH]} if solver == "distill4" else {}),
     }
     assert render(folder=tmp_path / "whole", **said).code == 0
     for step in range(steps):

@@ -31,3 +31,16 @@ def test_the_weight_of_a_token_is_the_share_of_its_pixels_inside(
 
 def test_an_area_without_limits_holds_every_token() -> None:
     assert (compute_weights(Area(), TokenGrid(3, 2, 5)) == 1.0).all()
+
+
+@pytest.mark.parametrize(("frames", "fade"), [((5, 12), 4.0), ((0, 4), 3.0), ((5, 8), 9.0), ((3, 6), 1.0)])
+def test_a_fade_is_a_line_over_its_frames_centred_on_each_edge_that_lies_in_the_video(
+    frames: tuple[int, int], fade: float
+) -> None:
+    """Its mean over a token's frames, by 1000 points in each frame."""
+    time_FP = numpy.arange(13)[:, None] + (numpy.arange(1000) + 0.5) / 1000
+    rise, fall = (numpy.clip((time_FP - edge) / fade + 0.5, 0, 1) for edge in (frames[0], frames[1] + 1))
+    inside_FP = (1.0 if frames[0] == 0 else rise) - (0.0 if frames[1] == 12 else fall)
+    counted = [part.mean() for part in numpy.split(inside_FP, [1, 5, 9])]
+    weights_TYX = compute_weights(Area(frames, fade=fade), TokenGrid(4, 1, 2))
+    numpy.testing.assert_allclose(weights_TYX[:, 0, 1], counted, atol=1e-6)

@@ -23,9 +23,11 @@ from wancli.injection.table import (
     Rule,
     Select,
     Steer,
+    Table,
     Text,
     apply_rule,
 )
+from wancli.injection.timeline import Segment, Timeline
 from wancli.models.config import WanConfig
 from wancli.models.dit import WanModel
 
@@ -281,3 +283,54 @@ def test_steering_after_selecting_a_row_past_the_end(oracle: Oracle):
     rows_ND[[0, 1, 2, 3, 4, 7]] += vector_D
     cell = ((Steer(Select(A, B, (7,)), ("c",), (), 1.0), 1.0),)
     assert relative_error(oracle.ours(cell), oracle.out(oracle.attend(rows_ND))) < 1e-5
+
+
+@pytest.mark.parametrize("fade", [0, 4])
+def test_segments_of_a_prompt_are_mixed_by_their_share_of_each_latent_frame(oracle: Oracle, fade: int):
+    """Frames 4 and later read b: a quarter of latent frame 1. The fade is a line over [2, 6): its mean
+    is 1.125/4 over [1, 5), and 3.875/4 over [5, 9).
+    """
+    segments = (Segment((0, 3), "a", "A"), Segment((4, 8), "b", "B"))
+    cell = Timeline(segments, "crossfade" if fade else "cut", fade).cell
+    share_b = (
+        torch.tensor([0.0, 0.28125, 0.96875] if fade else [0.0, 0.25, 1.0])
+        .double()
+        .repeat_interleave(4)[:, None]
+    )
+    a, b = (oracle.attend(oracle.rows(id)) for id in "ab")
+    assert relative_error(oracle.ours(cell), oracle.out((1 - share_b) * a + share_b * b)) < 1e-5
+
+
+def test_a_relay_adds_its_biases_to_the_words_of_each_segment(oracle: Oracle):
+    """Rows 1 and 2 belong to latent frames 0 and 1, rows 3 to 5 to latent frame 2."""
+    segments = (Segment((0, 4), "b", "A", (1, 3)), Segment((5, 8), "b", "B", (3, 6)))
+    by_frame = []
+    for f in range(3):
+        mass_N = torch.ones(512).double()
+        for rows, middle in ((slice(1, 3), 0.5), (slice(3, 6), 2)):
+            mass_N[rows] = math.exp(-((f - middle) ** 2) * math.log(1000) ** 2 / 2)
+        by_frame.append(oracle.attend(oracle.rows("b"), mass_N)[4 * f : 4 * f + 4])
+    found = oracle.ours(Timeline(segments, "relay").cell)
+    assert relative_error(found, oracle.out(torch.cat(by_frame))) < 1e-5
+    assert relative_error(found, oracle.out(oracle.attend(oracle.rows("b")))) > 1e-3
+
+
+@pytest.mark.parametrize("blend", ["context-lerp", "output-mix", "concat", "replace"])
+def test_a_rule_changes_what_each_segment_reads(oracle: Oracle, blend: Blend):
+    """In latent frame 0, and the prompts are a | b."""
+    segments = (Segment((0, 4), "a", "A"), Segment((5, 8), "b", "B"))
+    strength = 1.0 if blend == "replace" else 0.4
+    area = Area(frames=(0, 0))
+    rule = Rule("c", ((0, strength),), ((0, 1.0),), ("cond",), blend, 1.0, area=area)
+    table = Table([rule], {"cond": "a"}, 1, 1, over_time=Timeline(segments, "cut").cell)
+    a, b, c = (oracle.rows(id) for id in "abc")
+    inside = {
+        "context-lerp": lambda: oracle.attend(0.6 * a + 0.4 * c),
+        "output-mix": lambda: 0.6 * oracle.attend(a) + 0.4 * oracle.attend(c),
+        "concat": lambda: oracle.attend(
+            torch.cat((a, c)), torch.cat((torch.ones(512), torch.full((512,), 0.4))).double()
+        ),
+        "replace": lambda: oracle.attend(c),
+    }[blend]()
+    expected = torch.cat((inside[:4], oracle.attend(a)[4:8], oracle.attend(b)[8:]))
+    assert relative_error(oracle.ours(table.row(0, "cond")[0]), oracle.out(expected)) < 1e-5

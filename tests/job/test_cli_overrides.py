@@ -116,7 +116,7 @@ def test_the_last_set_of_a_key_wins_and_its_paths_start_from_the_current_folder(
         ({"sets": ("sampler.step=5",)}, "--set sampler.step: unknown key; did you mean 'steps'?"),
         ({"sets": ("samplr.steps=5",)}, "--set samplr.steps: unknown key; did you mean 'sampler'?"),
         ({"sets": ("sampler={step: 5}",)}, "--set sampler.step: unknown key; did you mean 'steps'?"),
-        ({"sets": ("prompt={text: red}",)}, "--set prompt.embedding: is missing"),
+        ({"sets": ("prompt={text: red}",)}, "--set prompt.segments: is missing"),
         ({"sets": ("matrix.seed=[1]",)}, "--set matrix.seed: is not a key of a shot"),
         (
             {"sets": ("inject.1.blocks=5",)},

@@ -224,10 +224,10 @@ def test_a_missing_key_names_the_file() -> None:
 
 
 def test_all_problems_are_reported_at_once_in_the_order_of_the_file() -> None:
-    text = "model: 5\nprompt: [1]\nfrages: 3\nframes: 0\nsampler:\n  steps: x\n  solver: ddim\n"
+    text = "model: 5\nprompt: 1\nfrages: 3\nframes: 0\nsampler:\n  steps: x\n  solver: ddim\n"
     assert load_problems(text) == [
         "job.yaml:1: model: expected text, got 5; put it in quotes",
-        "job.yaml:2: prompt: expected text, got a list",
+        "job.yaml:2: prompt: expected text, got 1; put it in quotes",
         "job.yaml:3: frages: unknown key; did you mean 'frames'?",
         "job.yaml:4: frames: should be greater than or equal to 1, got 0",
         "job.yaml:6: sampler.steps: expected a whole number, got 'x'",

@@ -32,6 +32,7 @@ from wancli.errors import NotFinite
 from wancli.injection.area import Area
 from wancli.injection.contexts import ContextCache, Effect
 from wancli.injection.table import Branch, Rule, Table
+from wancli.injection.timeline import Segment, Timeline
 from wancli.models.dit import Mix, Request, WanModel
 from wancli.plan.warnings import CPU_SEEDS
 from wancli.resources.memory_model import Residency
@@ -278,6 +279,8 @@ def random_runs(model: WanModel, effects: list[list[Effect] | None]) -> list[Den
     joined = Rule("b", ((1, 0.7),), ((1, 1.0),), ("cond",), "concat", 1.0, area=early)
     local = Rule("c", ((2, 0.5), (3, 0.5)), ((0, 1.0), (2, 0.5)), ("uncond",), "context-lerp", 1.0, area=left)
     both: dict[Branch, str] = {"cond": "a", "uncond": "b"}
+    relay = Timeline((Segment((0, 0), "a", "", (1, 3)), Segment((1, 4), "a", "", (3, 5))), "relay")
+    over_time = Table([joined], {"cond": "a"}, 4, 4, over_time=relay.cell)
     return [
         DenoiseRun(
             State(x),
@@ -290,7 +293,7 @@ def random_runs(model: WanModel, effects: list[list[Effect] | None]) -> list[Den
         )
         for x, solver, table, cfg, into in (
             (torch.randn(16, 1, 4, 4), "unipc", Table([mixed, local], both, 4, 4), 5.0, effects[0]),
-            (torch.randn(16, 2, 4, 6), "dpm++", Table([joined], {"cond": "a"}, 4, 4), 1.0, effects[1]),
+            (torch.randn(16, 2, 4, 6), "dpm++", over_time, 1.0, effects[1]),
             (torch.randn(16, 1, 2, 4), "euler", Table([], both, 4, 4), 3.0, effects[2]),
         )
     ]

@@ -63,6 +63,7 @@ def build_record(
     return ShotRecord(
         **_planned(shot, placement),
         prompts=[_prompt_record(prompt, cached[prompt.id]) for prompt in shot.prompts],
+        timeline=shot.timeline and asdict(shot.timeline),
         encoder_loaded=not all(cached.values()),
         pictures=[*pictures],
         injection=_rule_records(shot, reads, differences, injected_pictures),

@@ -6,10 +6,17 @@ from collections.abc import Iterator
 
 from wancli.errors import EntryError
 from wancli.injection.area import Area
+from wancli.injection.timeline import Timeline
 from wancli.plan.pictures import InjectedPicture
 from wancli.plan.shot import Prompt, Shot
 from wancli.storage import manifest
-from wancli.storage.manifest_schema import AreaRecord, InjectedPictureRecord, PromptRecord, ShotRecord
+from wancli.storage.manifest_schema import (
+    AreaRecord,
+    InjectedPictureRecord,
+    PromptRecord,
+    ShotRecord,
+    TimelineRecord,
+)
 
 Difference = tuple[str, str, str]  # a key, the recorded and the new value; both empty if too long for a line
 
@@ -76,7 +83,9 @@ def _diff(record: ShotRecord, shot: Shot) -> Iterator[Difference]:
 
 
 def _diff_prompts(record: ShotRecord, shot: Shot) -> Iterator[Difference]:
-    pairs = {"prompt": (record.prompt, shot.prompt)}
+    timelines = record.timeline, shot.timeline
+    pairs = {} if all(timelines) else {"prompt": (record.prompt, shot.prompt)}
+    yield from _diff_timelines(*timelines)
     for i, (other, new) in enumerate(zip(record.injected, shot.injected)):
         if isinstance(other, PromptRecord) and isinstance(new, Prompt):
             pairs[f"inject.{i}.prompt"] = (other, new)
@@ -93,6 +102,25 @@ def _diff_prompts(record: ShotRecord, shot: Shot) -> Iterator[Difference]:
             yield "text.max_tokens", str(old.max_tokens), str(new.tokens.max_tokens)
         else:
             yield f"encoder of {key}", "", ""
+
+
+def _diff_timelines(old: TimelineRecord | None, new: Timeline | None) -> Iterator[Difference]:
+    if old is None or new is None or len(old.segments) != len(new.segments):
+        if old or new:
+            yield "prompt", "", ""
+        return
+    for i, (was, now) in enumerate(zip(old.segments, new.segments)):
+        if was.text != now.text:
+            yield f"prompt.{i}.text", "", ""
+        elif was.id != now.id and old.common == new.common:
+            yield "encoder of prompt", "", ""
+        if was.frames != now.frames:
+            yield f"prompt.{i}.frames", _show_frames(was.frames), _show_frames(now.frames)
+    if old.common != new.common:
+        yield "prompt.text", "", ""
+    for key in ("blend", "fade"):
+        if (recorded := getattr(old, key)) != (planned := getattr(new, key)):
+            yield f"prompt.{key}", str(recorded), str(planned)
 
 
 def _is_same_picture(old: PromptRecord | InjectedPictureRecord, new: Prompt | InjectedPicture) -> bool:

@@ -76,26 +76,35 @@ class Area:
     shares of the width and the height, or what is white in a mask. None stands for all.
 
     The edge of a region or a mask that lies in the picture is a ramp of the width `feather`, in shares of the
-    smaller side: it is averaged over a square of that width, and continues beyond the picture.
+    smaller side: it is averaged over a square of that width, and continues beyond the picture. Likewise the
+    weight rises and falls over `fade` frames, centred on the edge of the frames.
     """
 
     frames: tuple[int, int] | None = None
     region: tuple[float, float, float, float] | None = None
     feather: float = 0.0
     mask: Mask | None = None
+    fade: float = 0.0
 
     @property
     def pixel_settings(self) -> dict[str, Any]:
         """All that changes the weights, for a key: only what is used."""
         mask = None if self.mask is None else self.mask.sha256
-        settings = {"frames": self.frames, "region": self.region, "feather": self.feather, "mask": mask}
+        settings = {
+            "frames": self.frames,
+            "region": self.region,
+            "feather": self.feather,
+            "mask": mask,
+            "fade": self.fade,
+        }
         return {name: value for name, value in settings.items() if value}
 
     def is_before_or_after(self, other: Area) -> bool:
-        """Return whether the two have no frame in common."""
+        """Return whether the two have no frame in common, nor their fades."""
         if self.frames is None or other.frames is None:
             return False
-        return self.frames[1] < other.frames[0] or other.frames[1] < self.frames[0]
+        gap = max(other.frames[0] - self.frames[1], self.frames[0] - other.frames[1]) - 1
+        return gap >= (self.fade + other.fade) / 2
 
     def is_beside(self, other: Area) -> bool:
         """Return whether two regions have no pixel in common, nor their ramps."""
@@ -120,9 +129,9 @@ def compute_frame_weights(area: Area, grid: TokenGrid) -> Weights:
         weights_FYX = (y_Y[:, None] * x_X)[None]
     else:
         weights_FYX = area.mask.weights_FYX
-    frame_F = numpy.arange(count)
-    is_inside_F = (frame_F >= first) & (frame_F <= last)
-    inside_FYX: Weights = numpy.round(weights_FYX, _DIGITS) * is_inside_F[:, None, None]
+    edges = _stretch(numpy.array((first, last + 1)) / count, count)
+    inside_F = numpy.round(_shares_between(edges, count, area.fade)[:, 0], _DIGITS)
+    inside_FYX: Weights = numpy.round(weights_FYX, _DIGITS) * inside_F[:, None, None]
     return inside_FYX
 
 

@@ -245,7 +245,8 @@ class Table:
     Steps with equal rows share one row, so a table of many steps is small. `changed_cells` lists, for
     each rule, the (step, branch, block) cells that it changed. `steps_by_branch` lists the steps of each
     branch: an `unguided` step, at guidance 1, has no uncond forward. `image` is the id of the picture that
-    all blocks read in both branches, if the blocks of the model attend to pictures.
+    all blocks read in both branches, if the blocks of the model attend to pictures. If the prompt changes
+    over the frames, `over_time` is what blocks read in the cond branch without rules.
 
     Raises ValueError for a rule that injects a picture into a model whose blocks attend to none.
     """
@@ -258,6 +259,7 @@ class Table:
         steps: int,
         unguided: Collection[int] = (),
         image: str | None = None,
+        over_time: Cell = (),
     ) -> None:
         if image is None and any(rule.image for rule in rules):
             raise ValueError("a picture is injected, and the blocks of this model attend to none")
@@ -267,6 +269,7 @@ class Table:
             branch: tuple(s for s in range(steps) if branch == "cond" or s not in unguided) for branch in base
         }
         self.base: dict[Branch, Text] = {branch: Text(text) for branch, text in base.items()}
+        self._over_time = over_time
         self.branches = tuple(base)
         self.changed_cells: tuple[list[tuple[int, Branch, int]], ...] = tuple([] for _ in rules)
         self.names = _name_rules(rules)
@@ -292,8 +295,15 @@ class Table:
 
     def base_cell(self, branch: Branch) -> Cell:
         """Return what every block reads in a branch without rules."""
-        text: Cell = ((self.base[branch], 1.0),)
-        return text if self.image is None else (*text, (self.image, 1.0))
+        texts: Cell = ((self.base[branch], 1.0),)
+        if self._over_time and branch == "cond":
+            texts = self._over_time
+        return texts if self.image is None else (*texts, (self.image, 1.0))
+
+    def own_prompts(self, branch: Branch) -> tuple[Text, ...]:
+        """Return the prompts that blocks read in a branch without rules."""
+        sources = (_find_source(expr) for expr, _ in parts_of(self.base_cell(branch), image=False))
+        return tuple(dict.fromkeys(source for source in sources if isinstance(source, Text)))
 
     def distinct_rows(self, branch: Branch) -> dict[Row, list[int]]:
         """Group the steps of a branch by their row."""
@@ -363,40 +373,46 @@ def _keep_outside(parts: Parts, area: Area) -> Parts:
 
 def is_image(expr: Expr) -> bool:
     """Return whether a context is that of pictures and not of prompts."""
+    return isinstance(_find_source(expr), Image)
+
+
+def _find_source(expr: Expr) -> Text | Image:
+    """Return the prompt or the picture that a context was first made from."""
     while not isinstance(expr, Text | Image):
         expr = expr.expr if isinstance(expr, Steer | Emphasis) else expr.a
-    return isinstance(expr, Image)
+    return expr
 
 
-def injected_share(expr: Expr, base: Text | Image) -> float:
-    """Return how much of a context comes from others than its branch's own prompt or picture, in [0, 1]; for
+def injected_share(expr: Expr, *own: Text | Image) -> float:
+    """Return how much of a context comes from others than its branch's own prompts or picture, in [0, 1]; for
     display. Rows of some words count as the whole prompt.
     """
     match expr:
         case Text() | Image():
-            return float(expr != base)
+            return float(expr not in own)
         case Steer() | Emphasis():
-            return injected_share(expr.expr, base)
+            return injected_share(expr.expr, *own)
         case Select():
-            return max(injected_share(expr.a, base), injected_share(expr.b, base))
-    a, b = injected_share(expr.a, base), injected_share(expr.b, base)
+            return max(injected_share(expr.a, *own), injected_share(expr.b, *own))
+    a, b = injected_share(expr.a, *own), injected_share(expr.b, *own)
     weight = expr.weight if isinstance(expr, Lerp) else expr.weight / (1 + expr.weight)
     return min(1.0, max(0.0, (1 - weight) * a + weight * b))
 
 
-def injected_share_by_block(row: Row, base: Text | Image) -> tuple[float, ...]:
+def injected_share_by_block(row: Row, *own: Text | Image) -> tuple[float, ...]:
     """Return for each block how much of what it reads was injected, in [0, 1]: of the prompts, or of the
-    pictures if `base` is one.
+    pictures if its `own` is one.
     """
-    return tuple(min(1.0, _injected_share_of_cell(cell, base)) for cell in row)
+    return tuple(min(1.0, _injected_share_of_cell(cell, own)) for cell in row)
 
 
-def _injected_share_of_cell(cell: Cell, base: Text | Image) -> float:
+def _injected_share_of_cell(cell: Cell, own: Sequence[Text | Image]) -> float:
     """Return the injected share where it is largest: a cell with areas has another one in each of them."""
     everywhere = 0.0
     by_areas: dict[tuple[tuple[Area, ...], ...], float] = {}
-    shares = [(injected_share(expr, base), w) for expr, w in parts_of(cell, image=isinstance(base, Image))]
-    if isinstance(base, Text):
+    is_image = isinstance(own[0], Image)
+    shares = [(injected_share(expr, *own), weight) for expr, weight in parts_of(cell, image=is_image)]
+    if not is_image:
         shares += [(guide.alpha, weight) for guide, weight in cell if isinstance(guide, Nag)]
     for share, weight in shares:
         if isinstance(weight, AreaWeight):

@@ -57,6 +57,58 @@ Prompt = Annotated[
 ]
 
 
+Frames = Annotated[Annotated[int, Tag("<int>")] | Annotated[str, Tag("<text>")], Discriminator(_text_or_int)]
+
+
+class Segment(StrictModel):
+    """Frames of a video, and the prompt that they read."""
+
+    text: Prompt
+    frames: Frames | None = None
+    during: str | None = None
+
+
+Segments = Annotated[
+    list[
+        Annotated[
+            Annotated[str, Tag("<text>")] | Annotated[Segment, Tag("<mapping>")],
+            Discriminator(_text_or_mapping),
+        ]
+    ],
+    Field(min_length=1),
+]
+
+
+class PromptOverTime(StrictModel):
+    """A prompt that changes over the frames. `text` stands before that of every segment."""
+
+    segments: Segments
+    text: str | None = None
+    blend: Literal["cut", "crossfade", "relay"] = "cut"
+    fade: int | None = Field(None, ge=1, le=100_001)
+
+
+def _main_prompt_kind(value: Any) -> str:
+    if isinstance(value, list):
+        return "<list>"
+    if isinstance(value, dict):  # a misspelt `segments` is a list, too
+        has_list = any(isinstance(inner, list) for inner in value.values())
+        if has_list or PromptOverTime.model_fields.keys() & value.keys():
+            return "<segments>"
+    if isinstance(value, PromptOverTime):
+        return "<segments>"
+    return _text_or_mapping(value)
+
+
+MainPrompt = Annotated[
+    Annotated[str, Tag("<text>")]
+    | Annotated[EmbeddingFile, Tag("<mapping>")]
+    | Annotated[Segments, Tag("<list>")]
+    | Annotated[PromptOverTime, Tag("<segments>")],
+    Discriminator(_main_prompt_kind),
+]
+
+
 class ExpertGuidance(StrictModel):
     """One guidance for each of the two experts of Wan 2.2 A14B."""
 
@@ -179,7 +231,6 @@ Blocks = Annotated[
 ]
 
 
-Frames = Annotated[Annotated[int, Tag("<int>")] | Annotated[str, Tag("<text>")], Discriminator(_text_or_int)]
 Share = Annotated[float, Field(ge=0, le=1)]
 
 BlockGroups = Annotated[
@@ -374,7 +425,7 @@ class Job(StrictModel):
     """One shot as the user described it, after `items` were merged over the rest of the file."""
 
     model: Model = wan_mini.NAME
-    prompt: Prompt
+    prompt: MainPrompt
     negative: Prompt = "default"
     output: str = "out/{job}/{item:04d}-{slug}.mp4"
     id: str | None = Field(None, min_length=1, max_length=200)

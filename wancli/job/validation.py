@@ -22,7 +22,9 @@ from wancli.job.schema import (
     LoraEntry,
     Memory,
     ModelFiles,
+    PromptOverTime,
     Sampler,
+    Segment,
     SigmaRange,
     TextOptions,
     Video,
@@ -127,11 +129,11 @@ def _format_value(value: Any) -> str:
 
 
 def takes_text(path: Sequence[str]) -> bool:
-    """Whether a text, and no number or list, is the value of this key of a shot."""
+    """Whether a text, and no number, is the value of this key of a shot."""
     kinds: set[Any] = {Job}
     for part in path:
         kinds = {member for kind in kinds for member in _members(_type_below(kind, part))}
-    return str in kinds and not kinds & {int, float, bool} and not any(map(get_origin, kinds))
+    return str in kinds and not kinds & {int, float, bool}
 
 
 def _type_below(kind: Any, part: str) -> Any:
@@ -158,7 +160,10 @@ def known_keys(path: tuple[Key, ...]) -> list[str]:
         "prompt": EmbeddingFile, "negative": EmbeddingFile, "strength": CurveSpec, "step_strength": CurveSpec,
         "steps": SigmaRange, "guidance": ExpertGuidance, "model": ModelFiles,
     }  # fmt: skip
-    for key in path:
-        model = nested.get(key, model)
+    for parent, key in zip(("", *path), path):
+        is_segment = parent in ("prompt", "segments") and isinstance(key, int)
+        model = Segment if is_segment else nested.get(key, model)
     others = {Job: EXPANSION_KEYS, InjectPrompt: ("image",)}
+    if path == ("prompt",):
+        return [*EmbeddingFile.model_fields, *PromptOverTime.model_fields]
     return [*model.model_fields, *others.get(model, ())]

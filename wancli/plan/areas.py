@@ -17,7 +17,8 @@ from wancli.injection.area import Area, Mask, TokenGrid, average_mask, compute_w
 from wancli.injection.selectors import parse_during, parse_frames
 from wancli.job.loader import Item
 from wancli.job.problems import Problems
-from wancli.job.schema import InjectRule
+from wancli.job.schema import InjectRule, Segment
+from wancli.job.yaml_reader import Key
 from wancli.pictures.read import read_pixels
 from wancli.plan import model_registry
 from wancli.plan.injections import locate_errors
@@ -120,7 +121,7 @@ def _compile_area(item: Item, index: int, video: VideoShape, masks: MaskReader) 
     problems = Problems()
     frames = None
     with problems.collect():
-        frames = _select_frames(item, inject, index, video)
+        frames = select_frames(item, inject, ("inject", index), video)
     with problems.collect():
         _check_region(item, inject, index)
     problems.raise_all()
@@ -140,19 +141,23 @@ def _compile_area(item: Item, index: int, video: VideoShape, masks: MaskReader) 
     return area
 
 
-def _select_frames(item: Item, inject: InjectRule, index: int, video: VideoShape) -> tuple[int, int] | None:
-    """Return the first and the last frame of a rule; None if it has all."""
-    key = ("inject", index)
-    if inject.frames is not None and inject.during is not None:
+def select_frames(
+    item: Item, entry: InjectRule | Segment, key: tuple[Key, ...], video: VideoShape
+) -> tuple[int, int] | None:
+    """Return the first and the last frame of a rule, or of a segment of a prompt; None if it has all.
+
+    Raises JobError.
+    """
+    if entry.frames is not None and entry.during is not None:
         where = item.location(*key, "during")
         raise JobError("has both `frames` and `during`", where=where, hint="Write one of them.")
     frames = 0, video.frames - 1
-    if inject.frames is not None:
+    if entry.frames is not None:
         with locate_errors(item, *key, "frames"):
-            frames = parse_frames(inject.frames, video.frames)
-    elif inject.during is not None:
+            frames = parse_frames(entry.frames, video.frames)
+    elif entry.during is not None:
         with locate_errors(item, *key, "during"):
-            frames = parse_during(inject.during, Fraction(video.fps), video.frames)
+            frames = parse_during(entry.during, Fraction(video.fps), video.frames)
     return None if frames == (0, video.frames - 1) else frames
 
 

@@ -154,6 +154,17 @@ def _contains_text(expr: Expr | Nag, text: str) -> bool:
     return _contains_text(expr.a, text) or _contains_text(expr.b, text)
 
 
+def refuse_gain_over_time(shot: Shot, item: Item) -> None:
+    """Refuse to extrapolate from a prompt that changes over the frames."""
+    for i, rule in enumerate(shot.rules if shot.timeline else ()):
+        if rule.gain != 1 and not rule.image:
+            raise JobError(
+                "extrapolates from the prompt, and that changes over the frames",
+                where=item.location("inject", i, "gain"),
+                hint="Leave it out; blend: context-lerp extrapolates with a strength above 1.",
+            )
+
+
 def refuse_lerp_after_concat(shot: Shot, item: Item) -> None:
     """Refuse a context-lerp after a concat: it has no rows that correspond to the joined ones."""
     if not any(rule.blend == "concat" for rule in shot.rules):

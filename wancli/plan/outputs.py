@@ -19,7 +19,7 @@ def with_output(shot: Shot, jobs: JobFile, item: Item) -> Shot:
     # The key hashes everything else that is decided here, and is slow to hash for a thousand shots.
     key = shot.key[:12] if "{key" in item.job.output else ""
     picture = shot.pictures.name if shot.pictures else None
-    slug = slugify(shot.prompt.tokens.text)
+    slug = slugify(shot.prompt_text)
     return replace(shot, output=_name_output(jobs, shot.index, item, slug, key, picture))
 
 

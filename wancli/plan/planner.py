@@ -19,7 +19,6 @@ from wancli.injection.block_map_store import BlockMapStore
 from wancli.job.loader import Item, JobFile
 from wancli.job.problems import Problems
 from wancli.job.schema import InjectPicture, ModelFiles
-from wancli.models.variants import Variant
 from wancli.plan import (
     areas,
     attention,
@@ -35,8 +34,14 @@ from wancli.plan import (
     picture_resolver,
     warnings,
 )
-from wancli.plan.injections import compile_rules, refuse_lerp_after_concat, refuse_rules_without_effect
+from wancli.plan.injections import (
+    compile_rules,
+    refuse_gain_over_time,
+    refuse_lerp_after_concat,
+    refuse_rules_without_effect,
+)
 from wancli.plan.pictures import InjectedPicture
+from wancli.plan.prompt_over_time import MainPrompt, resolve_main_prompt
 from wancli.plan.prompts import PromptResolver
 from wancli.plan.sampler import SamplerSettings, resolve_sampler
 from wancli.plan.shot import ModelSpec, Plan, Prompt, SaveInterval, Shot
@@ -187,9 +192,10 @@ def _build_shot(
     fps = job.video.fps or variant.fps
     with problems.collect():
         pictures, (width, height) = picture_resolver.resolve_pictures(item, variant, picture_memo, continued)
+    frames = job.frames or variant.frames
+    shape = areas.VideoShape(width, height, frames, fps, variant.vae_stride)
     with problems.collect():
-        frames = _check_frames(item, variant)
-        shape = areas.VideoShape(width, height, frames, fps, variant.vae_stride)
+        _check_frames(item, frames)
         area_of_rule = areas.compile_areas(item, shape, masks)
     with problems.collect():
         save_every = _parse_save_interval(item)
@@ -199,10 +205,16 @@ def _build_shot(
         guided = any(stage.guidance != 1 for stage in stages)
         with problems.collect():
             uses = _decide_loras(item, model, sampler, lora_for)
-        prompt, negative, injected = _resolve_prompts(item, model, picture_memo, guided=guided)
+        main, negative, injected = _resolve_prompts(item, model, shape, picture_memo, guided=guided)
         with problems.collect():
-            maps = attention.resolve_maps(item, prompt, model, sigmas)
-        rules, auto_blocks = compile_rules(item, prompt, injected, model, block_maps, sigmas, stages)
+            maps = attention.resolve_maps(item, main.prompt, model, sigmas)
+            if maps and main.timeline:
+                raise JobError(
+                    "is of one prompt, and that of the shot changes over the frames",
+                    where=item.location("attention"),
+                    hint="Leave it out, or render a shot of one of the prompts.",
+                )
+        rules, auto_blocks = compile_rules(item, main.prompt, injected, model, block_maps, sigmas, stages)
     if problems.errors:
         with problems.collect():
             outputs.check_template(jobs, index, item)
@@ -212,7 +224,7 @@ def _build_shot(
         id=item.id,
         labels=job.labels,
         model=model,
-        prompt=prompt,
+        prompt=main.prompt,
         negative=negative,
         injected=injected,
         rules=tuple(replace(rule, area=area) for rule, area in zip(rules, area_of_rule, strict=True)),
@@ -240,8 +252,11 @@ def _build_shot(
         auto_blocks=auto_blocks,
         pictures=pictures,
         attention=maps,
+        timeline=main.timeline,
+        later_prompts=main.others,
     )
     refuse_rules_without_effect(shot, item)
+    refuse_gain_over_time(shot, item)
     refuse_lerp_after_concat(shot, item)
     return outputs.with_output(shot, jobs, item)
 
@@ -276,11 +291,16 @@ def _resolve_item_model(
 
 
 def _resolve_prompts(
-    item: Item, model: ModelSpec, picture_memo: picture_resolver.PictureMemo, *, guided: bool
-) -> tuple[Prompt, Prompt | None, tuple[Prompt | InjectedPicture, ...]]:
+    item: Item,
+    model: ModelSpec,
+    video: areas.VideoShape,
+    picture_memo: picture_resolver.PictureMemo,
+    *,
+    guided: bool,
+) -> tuple[MainPrompt, Prompt | None, tuple[Prompt | InjectedPicture, ...]]:
     """Return the prompt, the negative one if guidance needs it, and what each rule injects."""
     job, prompts = item.job, PromptResolver(item, model)
-    prompt = prompts.resolve(job.prompt, "prompt")
+    main = resolve_main_prompt(item, prompts, video)
     negative = prompts.resolve_negative(job.negative, model.checkpoint.variant.negative) if guided else None
     injected: list[Prompt | InjectedPicture] = []
     for i, rule in enumerate(job.inject):
@@ -288,7 +308,7 @@ def _resolve_prompts(
             injected.append(picture_resolver.resolve_injected(item, i, model, picture_memo))
         else:
             injected.append(prompts.resolve(rule.prompt, "inject", i, "prompt"))
-    return prompt, negative, tuple(injected)
+    return main, negative, tuple(injected)
 
 
 def _parse_save_interval(item: Item) -> SaveInterval:
@@ -298,12 +318,10 @@ def _parse_save_interval(item: Item) -> SaveInterval:
     return SaveInterval(seconds=parse_duration(save_every, item.location("save_every")))
 
 
-def _check_frames(item: Item, variant: Variant) -> int:
-    frames = item.job.frames or variant.frames
+def _check_frames(item: Item, frames: int) -> None:
     if frames % 4 != 1:
         below = (frames - 1) // 4 * 4 + 1
         near = " or ".join(str(n) for n in (below, below + 4) if n > 0)
         raise JobError(f"{frames} is not 4n+1; nearest are {near}", where=item.location("frames"))
     if frames == 1 and (image := item.job.image_options) and image.last:
         raise JobError("a video of one frame has no last frame of its own", where=item.location("frames"))
-    return frames

@@ -37,6 +37,13 @@ class PromptResolver:
         except JobError as error:
             raise type(error)(error.message, where=location, hint=error.hint) from None
 
+    def count_tokens(self, text: str, *path: str | int) -> int:
+        """Count the tokens of a text, without the one that ends it. Raises JobError."""
+        try:
+            return self._from_text(text, 512, True).tokens.full_length - 1
+        except JobError as error:
+            raise type(error)(error.message, where=self._item.location(*path), hint=error.hint) from None
+
     def resolve_negative(self, spec: str | EmbeddingFile, default: str) -> Prompt:
         if spec != "default":
             return self.resolve(spec, "negative")

@@ -16,7 +16,8 @@ from typing import Any, Literal, NamedTuple
 from wancli.injection.area import TokenGrid
 from wancli.injection.attention_spec import AttentionSpec
 from wancli.injection.block_map_store import AutoBlocks
-from wancli.injection.table import Branch, Rule, Table
+from wancli.injection.table import Branch, Cell, Rule, Table
+from wancli.injection.timeline import Timeline
 from wancli.models.config import (
     ComputeOptions,
     Expert,
@@ -156,6 +157,8 @@ class Shot:
     pictures: ShotPictures | None = None  # the frames that are given
     kept_frames: tuple[int, ...] = ()  # frames that other shots begin with
     attention: AttentionSpec | None = None  # the attention maps that sampling records; changes no pixel
+    timeline: Timeline | None = None  # of a prompt that changes over the frames, which begins with `prompt`
+    later_prompts: tuple[Prompt, ...] = ()  # the other prompts of the timeline
 
     @property
     def latent_shape(self) -> tuple[int, int, int, int]:
@@ -211,12 +214,19 @@ class Shot:
             base.append(("uncond", self.negative.id))
         unguided = frozenset(step for stage in self.stages if stage.guidance == 1 for step in stage.steps)
         depth = self.model.checkpoint.transformer_config.num_layers
-        return _table(self.rules, tuple(base), depth, self.steps, unguided, self.clip_id)
+        over_time = self.timeline.cell if self.timeline else ()
+        return _table(self.rules, tuple(base), depth, self.steps, unguided, self.clip_id, over_time)
 
     @property
     def prompts(self) -> tuple[Prompt, ...]:
-        """All prompts of the shot, the injected ones last."""
-        return (self.prompt, *([self.negative] if self.negative else []), *self.injected_prompts)
+        """All prompts of the shot: its own, the negative one, the injected ones, those of later segments."""
+        negative = [self.negative] if self.negative else []
+        return (self.prompt, *negative, *self.injected_prompts, *self.later_prompts)
+
+    @property
+    def prompt_text(self) -> str:
+        """The prompt for people: `A cat`, or `A cat | A dog` if it changes over the frames."""
+        return self.timeline.text if self.timeline else self.prompt.tokens.text
 
     @property
     def injected_prompts(self) -> tuple[Prompt, ...]:
@@ -254,6 +264,7 @@ class Shot:
                 "dtype": self.model.dtype,
                 "texts": [prompt.id for prompt in self.prompts],
                 "rules": [_rule_settings(rule) for rule in self.rules],
+                **({"timeline": self.timeline.pixel_settings} if self.timeline else {}),
                 "shape": self.latent_shape,
                 "noise": [self.noise, self.seed],
                 "sampler": [self.solver, self.steps, self.shift, self.guidance, *experts],
@@ -381,8 +392,9 @@ def _table(
     steps: int,
     unguided: frozenset[int],
     image: str | None,
+    over_time: Cell,
 ) -> Table:
-    return Table(rules, dict(base), depth, steps, unguided, image)
+    return Table(rules, dict(base), depth, steps, unguided, image, over_time)
 
 
 def _rule_settings(rule: Rule) -> dict[str, Any]:

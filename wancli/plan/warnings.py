@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from wancli import wan_mini
+from wancli.injection.timeline import RELAY_BORDER, Segment
 from wancli.plan import loras
 from wancli.plan.prompt_syntax import find_foreign_syntax
 from wancli.plan.shot import Comparison, Shot, ShotWarning
@@ -74,7 +75,8 @@ def _shot_warnings(shot: Shot, *, is_baseline: bool) -> Iterator[ShotWarning]:
     for rule, other in zip(shot.rules, shot.injected):
         if not rule.is_active and not is_baseline:
             yield ShotWarning("an injection has strength 0 and changes nothing")
-        if other.id == shot.prompt.id and rule.branches == ("cond",) and len(shot.rules) == 1:
+        same = other.id == shot.prompt.id and shot.timeline is None
+        if same and rule.branches == ("cond",) and len(shot.rules) == 1:
             yield ShotWarning("the injected prompt is the main prompt; nothing will change")
         if other.id == shot.clip_id and len(shot.rules) == 1:
             yield ShotWarning("the injected picture is the shot's own; nothing will change")
@@ -90,7 +92,13 @@ def _shot_warnings(shot: Shot, *, is_baseline: bool) -> Iterator[ShotWarning]:
 
 
 def _prompt_warnings(shot: Shot) -> Iterator[ShotWarning]:
-    """Warn about texts, and lengths, that the model was not trained on."""
+    """Warn about texts, and lengths, that the model was not trained on, and about short parts of a relay."""
+    if shot.timeline and shot.timeline.blend == "relay":
+        for segment in shot.timeline.segments:
+            start, stop = segment.latent_span
+            if stop - start <= 2 * RELAY_BORDER:
+                short = "a relay fades within 8 frames of the ends of a segment, so that of {} hardly counts"
+                yield ShotWarning(f"{short}; take longer ones, or blend: crossfade", _name_frames(segment))
     variant = shot.model.checkpoint.variant
     texts = [text for text in shot.prompts if not text.file and text.tokens.text != variant.negative]
     for text in texts:
@@ -103,3 +111,7 @@ def _prompt_warnings(shot: Shot) -> Iterator[ShotWarning]:
     elif shot.frames > variant.frames:
         trained = f"{variant.name} was trained with {variant.frames}; a longer video repeats itself or decays"
         yield ShotWarning(f"{{}} frames: {trained}", str(shot.frames))
+
+
+def _name_frames(segment: Segment) -> str:
+    return f"{segment.frames[0]}-{segment.frames[1]}"

@@ -88,6 +88,12 @@ def plan_probe(
             where="--shot" if shot_id else plan.name,
             hint="Render the other shot, and name its kept frame: image: NAME.frame80.png",
         )
+    if shot.timeline:
+        raise JobError(
+            f"the prompt of shot {shot.id} changes over the frames; a probe measures one prompt",
+            where="--shot" if shot_id else plan.name,
+            hint="Give the shot one of its prompts: `--set prompt='...'`.",
+        )
     levels = min(DEFAULT_LEVELS, shot.steps) if levels is None else levels
     if not 1 <= levels <= shot.steps:
         raise JobError(f"{levels} is not within 1 and the {shot.steps} steps", where="--levels")

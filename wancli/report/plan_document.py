@@ -43,6 +43,7 @@ def plan_document(
                 "frames": shot.frames,
                 "tokens": shot.tokens,
                 "seed": shot.seed,
+                "timeline": _timeline_row(shot),
                 "pictures": _picture_rows(shot),
                 "solver": shot.solver,
                 "timesteps": shot.sigma_schedule.timesteps,
@@ -112,6 +113,16 @@ def _picture_rows(shot: Shot) -> list[dict[str, Any]]:
         how = {"preprocess": frame.how.method, "fit": frame.how.fit}
         rows.append({"role": role, **origin, "size": list(source.size), **how})
     return rows
+
+
+def _timeline_row(shot: Shot) -> dict[str, Any] | None:
+    """Return the segments of a prompt that changes over the frames, each with its weight by latent frame."""
+    if shot.timeline is None:
+        return None
+    row = asdict(shot.timeline)
+    for segment, weights in zip(row["segments"], shot.timeline.frame_weights()):
+        segment["weights"] = weights
+    return row
 
 
 def _rule_row(rule: Rule, shot: Shot) -> dict[str, Any]:

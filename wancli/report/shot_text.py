@@ -15,6 +15,7 @@ from wancli.units import format_ranges, list_some, pluralize
 
 if TYPE_CHECKING:
     from wancli.injection.attention_spec import AttentionSpec
+    from wancli.injection.timeline import Timeline
     from wancli.plan.schedule import Placement
     from wancli.plan.shot import Plan, Prompt, Shot
     from wancli.weights.lora.use import LoraUse
@@ -33,7 +34,10 @@ def format_shot(shot: Shot, placement: Placement) -> Iterator[str]:
     yield f"\nshot {shot.id}: {shot.output}"
     negative = {"negative": shot.negative} if shot.negative else {}
     injected = {f"inject.{i}": other for i, other in enumerate(shot.injected)}
-    for name, other in {"prompt": shot.prompt, **negative, **injected}.items():
+    if shot.timeline:
+        yield from format_timeline(shot, shot.timeline)
+    main = {} if shot.timeline else {"prompt": shot.prompt}
+    for name, other in {**main, **negative, **injected}.items():
         yield f"{name:>16}  {_describe_read(other)}"
     for name, frame in zip(("image", "last image"), shot.pictures.frames if shot.pictures else ()):
         yield f"{name:>16}  {make_printable(describe_frame(frame))}"
@@ -51,6 +55,23 @@ def format_shot(shot: Shot, placement: Placement) -> Iterator[str]:
     yield from format_sigmas(shot)
     if shot.rules:
         yield from format_injection_table(shot)
+
+
+def format_timeline(shot: Shot, timeline: Timeline) -> Iterator[str]:
+    """Format the segments of a prompt, and the weight of each in every latent frame."""
+    fade = f" over {pluralize(timeline.fade, 'frame')}" if timeline.fade else ""
+    common = f", after {truncate(timeline.common, 30)}" if timeline.common else ""
+    yield f"{'prompt':>16}  {len(timeline.segments)} segments, {timeline.blend}{fade}{common}"
+    by_id = {prompt.id: prompt for prompt in shot.prompts}
+    names = [f"frames {segment.frames[0]}-{segment.frames[1]}" for segment in timeline.segments]
+    for name, segment in zip(names, timeline.segments):
+        tokens = f"{len(by_id[segment.id].tokens.ids)} tokens"
+        if segment.rows:
+            tokens = f"rows {segment.rows[0]}-{segment.rows[1] - 1}"
+        yield f"{name:>16}  {truncate(segment.text, 44)} ({tokens})"
+    yield f"{'latent frame':>16}  {draw_ruler(shot.token_grid.latent_frames)}"
+    for name, weights in zip(names, timeline.frame_weights()):
+        yield f"{name:>16}  {draw_bar(weights)}"
 
 
 def _describe_read(other: Prompt | InjectedPicture) -> str:
@@ -135,7 +156,7 @@ def format_injection_table(shot: Shot) -> Iterator[str]:
     for branch in shot.table.branches:
         for row, steps in shot.table.distinct_rows(branch).items():
             if any(not rule.image for rule in shot.rules):
-                shares = injected_share_by_block(row, shot.table.base[branch])
+                shares = injected_share_by_block(row, *shot.table.own_prompts(branch))
                 yield f"{f'{branch} {format_ranges(steps)}':>16}  {draw_bar(shares)}"
             if shot.table.image and any(rule.image for rule in shot.rules):
                 shares = injected_share_by_block(row, shot.table.image)

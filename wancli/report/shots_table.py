@@ -55,7 +55,7 @@ def shot_row(entry: ShotEntry, job: str) -> Row:
     velocities = [100 * effect.velocity for effect in record.effects]
     guidance = "/".join(f"{stage.guidance:g}" for stage in shot.stages)
     return values | {
-        "prompt": record.prompt.text,
+        "prompt": record.prompt_text,
         "negative": record.negative.text if record.negative else None,
         "injected": _join(describe_injected(other) for other in record.injected),
         "difference": _smallest([rule.difference.verdict.percent for rule in rules if rule.difference], 1),

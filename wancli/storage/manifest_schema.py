@@ -89,6 +89,32 @@ class PromptRecord(Data):
     cached: bool
 
 
+class SegmentRecord(Data):
+    """Frames of a video, first and last included, and what blocks read there; see
+    `injection.timeline.Segment`.
+    """
+
+    frames: tuple[Count, Count]
+    id: str
+    text: str
+    rows: tuple[Count, Count] | None = None
+
+
+class TimelineRecord(Data):
+    """A prompt that changes over the frames; `fade` frames around each border mix two segments."""
+
+    segments: Annotated[tuple[SegmentRecord, ...], Field(min_length=2)]
+    blend: Literal["cut", "crossfade", "relay"]
+    fade: Count = 0
+    common: str = ""
+
+    @property
+    def text(self) -> str:
+        """The texts of all segments, for people."""
+        texts = " | ".join(segment.text for segment in self.segments)
+        return f"{self.common} {texts}" if self.common else texts
+
+
 class LinkRecord(Data):
     """The frame of another shot's video."""
 
@@ -297,7 +323,9 @@ class ShotRecord(Data):
     model: ModelRecord
     predicted: list[PredictedPhase]
     versions: dict[str, str]
-    prompts: list[PromptRecord]  # the shot's own, the negative one if there is one, the injected ones
+    # The shot's own, the negative one if there is one, the injected ones, the others of its timeline.
+    prompts: list[PromptRecord]
+    timeline: TimelineRecord | None = None
     encoder_loaded: bool
     pictures: list[PictureRecord] = Field(default_factory=list)
     injection: list[RuleRecord]
@@ -311,7 +339,10 @@ class ShotRecord(Data):
     @model_validator(mode="after")
     def _prompts_are_complete(self) -> Self:
         ids = {prompt.id for prompt in self.prompts}
-        if not ids.issuperset(rule.text for rule in self.injection if not rule.picture) or not self.prompts:
+        read = {rule.text for rule in self.injection if not rule.picture}
+        if self.timeline:
+            read |= {segment.id for segment in self.timeline.segments}
+        if not ids.issuperset(read) or not self.prompts:
             raise ValueError("a prompt is missing")
         return self
 
@@ -330,8 +361,15 @@ class ShotRecord(Data):
 
     @property
     def negative(self) -> PromptRecord | None:
-        injected = sum(rule.picture is None for rule in self.injection)
-        return self.prompts[1] if len(self.prompts) > 1 + injected else None
+        others = sum(rule.picture is None for rule in self.injection)
+        if self.timeline:
+            others += len({segment.id for segment in self.timeline.segments} - {self.prompt.id})
+        return self.prompts[1] if len(self.prompts) > 1 + others else None
+
+    @property
+    def prompt_text(self) -> str:
+        """The prompt for people: `A cat`, or `A cat | A dog` if it changes over the frames."""
+        return self.timeline.text if self.timeline else self.prompt.text
 
     @property
     def injected(self) -> list[PromptRecord | InjectedPictureRecord]:

@@ -109,7 +109,7 @@ def _caption_lines(clip: Clip, note: str) -> Iterator[str]:
     if clip.manifest_body is None:
         yield clip.id
     else:
-        yield f"{clip.id}: {clip.manifest_body.prompt.text}"
+        yield f"{clip.id}: {clip.manifest_body.prompt_text}"
         if clip.manifest_body.pictures:
             yield "  from " + " and ".join(picture.name for picture in clip.manifest_body.pictures)
         rules = zip(clip.manifest_body.injection, clip.manifest_body.injected)

@@ -190,6 +190,7 @@ def _shot_entry(
         "schedule": pools["schedules"].put({key: shot[key] for key in ("sigmas", "timesteps")}),
         "model": pools["models"].put(record.model.as_dict()),
         "prompts": [pools["prompts"].put(_omit(prompt, "cached")) for prompt in prompts],
+        "timeline": record.timeline and record.timeline.as_dict(),
         "cached": [prompt.cached for prompt in record.prompts],
         "negative": record.negative is not None,
         "injection": [_injection_entry(rule, pools) for rule in record.injection],
@@ -249,7 +250,7 @@ def injected_shares(record: ShotRecord) -> list[dict[str, Any]]:
     table = Table(rules, base, depth, record.shot.steps, unguided, image)  # type: ignore[arg-type]
 
     def shares(row: Row, branch: Branch) -> list[float]:
-        text = injected_share_by_block(row, table.base[branch])
+        text = injected_share_by_block(row, *table.own_prompts(branch))
         of_pictures = injected_share_by_block(row, table.image) if table.image else text
         return [round(max(pair), 4) for pair in zip(text, of_pictures)]
 

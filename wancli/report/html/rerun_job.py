@@ -15,6 +15,7 @@ from wancli.storage.manifest_schema import (
     RuleRecord,
     ShotRecord,
     ShotSettings,
+    TimelineRecord,
 )
 
 Job = dict[str, Any]
@@ -44,7 +45,9 @@ def build_job(record: ShotRecord, output: str) -> Job:
         "model": model.files.as_dict() if model.files else model.root,
         "output": output,
         "id": shot.id,
-        "prompt": _prompt_value(record.prompt),
+        "prompt": _timeline_value(record.timeline, record)
+        if record.timeline
+        else _prompt_value(record.prompt),
         **negative,
         **({"image": _image_value(record)} if record.pictures else {}),
         "size": _size_value(record),
@@ -117,6 +120,23 @@ def _prompt_value(prompt: PromptRecord) -> Any:
     return {"embedding": prompt.file, "index": prompt.index} if prompt.file else prompt.text
 
 
+def _timeline_value(timeline: TimelineRecord, record: ShotRecord) -> Any:
+    by_id = {prompt.id: prompt for prompt in record.prompts}
+    segments = [
+        {
+            "text": segment.text if segment.rows else _prompt_value(by_id[segment.id]),
+            "frames": _format_frames(segment.frames),
+        }
+        for segment in timeline.segments
+    ]
+    used = {"text": timeline.common, "fade": timeline.fade}
+    return {"segments": segments, "blend": timeline.blend} | {key: used[key] for key in used if used[key]}
+
+
+def _format_frames(frames: tuple[int, int]) -> str:
+    return f"{frames[0]}-{frames[1]}"
+
+
 def _inject_entry(rule: RuleRecord, other: PromptRecord | InjectedPictureRecord) -> Job:
     reads = {"prompt": _prompt_value(other)} if isinstance(other, PromptRecord) else {"image": other.path}
     return {
@@ -134,7 +154,7 @@ def _inject_entry(rule: RuleRecord, other: PromptRecord | InjectedPictureRecord)
 
 def _area_keys(area: AreaRecord) -> Job:
     keys = {
-        "frames": area.frames and f"{area.frames[0]}-{area.frames[1]}",
+        "frames": area.frames and _format_frames(area.frames),
         "region": area.region and [*area.region],
         "mask": area.mask and area.mask.path,
         "feather": area.feather,

@@ -6,17 +6,40 @@ function drawPrompts(shot) {
   if (!hasManifest(shot)) return root.append(noManifest(shot));
   const texts = shot.prompts.map((index) => data.prompts[index]);
   const rules = rulesOf(shot);
-  const names = ['prompt', ...(shot.negative ? ['negative'] : []), ...rules.map((_, i) => `inject ${i}`)];
+  const injected = rules.flatMap((rule, i) => (rule.picture ? [] : [`inject ${i}`]));
+  const names = [shot.timeline ? segmentNames(shot, texts[0]) : 'prompt', ...(shot.negative ? ['negative'] : []), ...injected];
   const width = modelOf(shot).sizes.text_dim;
   root.append(
     table(['text', 'role', 'tokens', 'characters', 'embedding', 'in the cache', 'padded'], texts.map((text, i) => [
-      h('span', { class: 'prompt' }, text.text || '(empty)'), names[i] ?? '', String(text.tokens) + (text.truncated ? ', cut' : ''), String([...text.text].length),
+      h('span', { class: 'prompt' }, text.text || '(empty)'), names[i] ?? segmentNames(shot, text), String(text.tokens) + (text.truncated ? ', cut' : ''), String([...text.text].length),
       `[${text.max_tokens ?? 256}, ${count(width)}]`, shot.cached[i] ? 'yes' : 'encoded now', size(4 * (text.max_tokens ?? 256) * width)])),
     muted('Stored without zero rows. Every block reads 512 rows: the tokens, and one row for all padding, which is not masked and takes part in the softmax.'));
+  if (shot.timeline) root.append(...drawTimeline(shot));
   root.append(...drawPictures(shot));
   if (!rules.length) root.append(muted('This shot injects nothing. wancli diff A B compares two prompts without a render.'));
   rules.forEach((rule, i) => root.append(...differenceOf(shot, rule, rules.length > 1 ? `Rule ${i}` : 'How different')));
   return root;
+}
+
+function segmentNames(shot, text) {
+  const own = (shot.timeline?.segments ?? []).filter((segment) => segment.id === text.id);
+  return own.map((segment) => `frames ${segment.frames.join('–')}`).join(', ');
+}
+
+const DESCRIPTIONS = {
+  cut: () => 'Cut: each frame reads the prompt of its segment.',
+  crossfade: (fade) => `Crossfade: ${fade} frames around each border read both prompts.`,
+  relay: () => 'Relay: all frames read one text; the words of a segment count little outside of it.',
+};
+
+// The segments of a prompt that changes over the frames, each as wide as it is long.
+function drawTimeline(shot) {
+  const { segments, blend, fade } = shot.timeline;
+  const parts = segments.map((segment) => {
+    const [first, last] = segment.frames;
+    return h('li', { style: { 'flex-grow': last + 1 - first }, title: segment.text }, h('strong', {}, `${first}–${last}`), ` ${segment.text}`);
+  });
+  return [h('h3', {}, 'Prompt over time'), h('ol', { class: 'timeline' }, parts), muted(DESCRIPTIONS[blend](fade))];
 }
 
 const picturesOf = (shot) => (shot.pictures ?? []).map((index) => data.pictures[index]);

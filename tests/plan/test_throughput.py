@@ -11,6 +11,7 @@ from pathlib import Path
 
 import manifests
 import pytest
+from image_cases import FIXTURES, assemble
 from jobs import NETWORKS, CommandResult, rule, run_wancli, tiny_job, write_job
 
 from wancli.job.loader import load
@@ -117,7 +118,33 @@ def test_what_several_shots_took_together_is_not_the_time_of_each(shot: Shot) ->
     ]
     known = throughput.measured_rates(list(zip(both, records, strict=True)))
     again = throughput.predict_phase_seconds(both, frozenset({"one", "two"}), known, {})
-    assert again == pytest.approx({"encode": 6, "load": 2, "sample": 4, "decode": 2})
+    assert again == pytest.approx({"encode": 6, "load": 2, "sample": 4, "decode": 2, "pictures": 0})
+
+
+def test_the_first_picture_that_is_encoded_measures_what_the_next_one_takes(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pictures = FIXTURES / "pictures"
+    keys = {"frames": 5, "output": "out/{id}.mp4", "size": {"area": 4096}, "sampler": {"steps": 1}}
+    items = [{"id": "a", "image": str(pictures / "input.png")}]
+    items += [{"id": "b", "image": str(pictures / "input.png"), "seed": 2}]
+    model = assemble("wan21-i2v-tiny", tmp_path / "model")
+    cache = ("--cache-dir", tmp_path / "cache")
+    job = write_job(tmp_path, tiny_job(model, items=items, **keys))
+    said = run_wancli(capsys, "render", job, "--json", *cache)
+    assert said.code == 0, said.err
+    first, second = (json.loads((tmp_path / f"out/{id}.manifest.json").read_text()) for id in "ab")
+    (took,) = [phase["seconds"] for phase in first["phases"] if phase["name"] == "pictures"]
+    (row,) = [row for row in json.loads(said.out)["memory"] if row["name"] == "pictures"]
+    assert row["expected"] is None
+    assert [record["pictures"][0]["cached"] for record in (first, second)] == [False, True]
+    assert (
+        json.loads(run_wancli(capsys, "plan", job, "--json", *cache).out)["time"]["phases"]["pictures"] == 0
+    )
+    other = [{"id": "c", "image": str(pictures / "last.png")}]
+    job = write_job(tmp_path, tiny_job(model, items=other, **keys))
+    time = json.loads(run_wancli(capsys, "plan", job, "--json", *cache).out)["time"]
+    assert time["phases"]["pictures"] == pytest.approx(took, rel=0.01, abs=1e-3)
 
 
 def test_a_report_expects_no_time_of_shots_that_were_done_before(

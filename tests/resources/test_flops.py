@@ -10,7 +10,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from wancli.models import t5
-from wancli.models.config import T5Config, VAE22Config, VAEConfig, WanConfig
+from wancli.models.config import CLIPConfig, T5Config, VAE22Config, VAEConfig, WanConfig
 from wancli.models.dit import WanModel
 from wancli.models.given_frames import GivenFrames
 from wancli.resources import flops
@@ -73,6 +73,45 @@ def test_the_plain_decoder(frames: int) -> None:
     predicted = flops.decode_flops(config, latent)
     with torch.no_grad():
         assert counted(lambda: vae.decode(torch.randn(1, *latent))) == predicted
+
+
+@pytest.mark.parametrize("frames", [1, 5, 9])
+def test_the_encoder_on_given_frames(frames: int) -> None:
+    """Of 9 frames the last is given, so that no chunk repeats."""
+    from diffusers import AutoencoderKLWan
+
+    config = VAEConfig(dim=8, z_dim=4)
+    vae = AutoencoderKLWan(
+        base_dim=8, z_dim=4, dim_mult=[1, 2, 4, 4], latents_mean=[0.0] * 4, latents_std=[1.0] * 4
+    )
+    given = [0, 8] if frames == 9 else [0]
+    predicted = flops.given_frames_flops(config, (4, (frames + 3) // 4, 4, 6), given)
+    with torch.no_grad():
+        assert counted(lambda: vae.encode(torch.randn(1, 3, frames, 32, 48))) == predicted
+
+
+def test_a_grey_chunk_like_those_before_takes_only_the_layers_after_the_last_downsampler() -> None:
+    config, cells, top = VAEConfig(dim=8, z_dim=4), 4 * 6, 32
+    block, attention = 27 * 2 * top * top, 4 * top * top + 2 * cells * top
+    late = 2 * cells * (4 * block + attention + 27 * top * 8 + 8 * 8)
+
+    def total(frames: int, *given: int) -> int:
+        return flops.given_frames_flops(config, (4, (frames + 3) // 4, 4, 6), given)
+
+    assert total(81, 0) - total(77, 0) == total(401, 0) - total(397, 0) == late
+    assert total(13, 0) - total(9, 0) > 2 * late
+    assert total(81, 0, 80) - total(81, 0) == total(5, 0) - total(1, 0) - late
+
+
+def test_clip_without_its_last_block() -> None:
+    from transformers import CLIPVisionConfig, CLIPVisionModel
+
+    sizes = CLIPConfig(dim=32, num_heads=2, num_layers=3, mlp_dim=64)
+    config = CLIPVisionConfig(
+        hidden_size=32, num_attention_heads=2, num_hidden_layers=2, intermediate_size=64, patch_size=14
+    )
+    model = CLIPVisionModel(config)
+    assert counted(lambda: model(torch.randn(2, 3, 224, 224))) == flops.clip_flops(sizes, 2)
 
 
 def test_the_arithmetic_of_the_published_models_is_that_of_the_papers() -> None:

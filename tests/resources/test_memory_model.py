@@ -16,7 +16,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from wancli.models import parameter_count, t5
-from wancli.models.config import ComputeOptions, T5Config, VAEConfig, WanConfig
+from wancli.models.clip import CLIPVision
+from wancli.models.config import CLIPConfig, ComputeOptions, T5Config, VAEConfig, WanConfig
 from wancli.models.dit import Request, WanModel
 from wancli.models.vae import WanVAE
 from wancli.models.vae_layers import CausalCache
@@ -212,6 +213,17 @@ def test_the_keys_and_values_that_contexts_keep_are_predicted():
         (16, 1, 4, 4), text_rows=10
     )
     assert with_context.buffer - without.buffer == kept
+
+
+@pytest.mark.parametrize("pictures", [1, 2])
+@torch.no_grad()
+def test_the_working_set_of_clip_is_predicted(pictures):
+    config = CLIPConfig(dim=320, num_heads=4, num_layers=4, mlp_dim=1280)
+    clip = CLIPVision(config)
+    predicted = memory_model.clip_phase(config, pictures=pictures, element_bytes=4)
+    measured = most_live_bytes(lambda: clip(torch.randn(pictures, 3, 224, 224)))
+    assert measured == pytest.approx(predicted.activation, rel=0.02)
+    assert predicted.model == sum(weight.nbytes for weight in clip.parameters())
 
 
 def test_memory_of_sampling_grows_with_the_tokens_not_with_their_square():

@@ -13,6 +13,9 @@ import json
 import math
 from typing import TYPE_CHECKING
 
+from wancli.resources import flops
+from wancli.weights.checkpoint import clip_config
+
 if TYPE_CHECKING:
     from wancli.plan.shot import Shot
 
@@ -41,6 +44,22 @@ def given_values(shot: Shot) -> int:
     z, t, y, x = shot.latent_shape
     joins = shot.model.checkpoint.transformer_config.joins_frames
     return math.prod((_MASK_CHANNELS + z, t, y, x) if joins else (z, 1, y, x))
+
+
+def entry_flops(shot: Shot) -> dict[str, int]:
+    """Count the FLOPs of making each entry that a shot reads, by the key of the entry."""
+    if not shot.pictures:
+        return {}
+    given = [0, shot.frames - 1] if shot.pictures.last else [0]
+    latent = shot.latent_shape
+    if not shot.model.checkpoint.transformer_config.joins_frames:
+        latent = (latent[0], 1, *latent[2:])
+    frames = flops.given_frames_flops(shot.model.vae_sizes, latent, given)
+    rows = {
+        read.id: flops.clip_flops(clip_config(shot.model.checkpoint), len(read.sources))
+        for read in shot.clip_pictures
+    }
+    return rows | {frames_key(shot): frames}
 
 
 def entry_values(shot: Shot) -> dict[str, int]:

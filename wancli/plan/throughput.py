@@ -1,6 +1,7 @@
 """Measured rates of this machine, remembered from finished renders, and the time that a job will take.
 
-A rate is FLOP/s of a phase, for `load` bytes/s. `encode` includes loading the text encoder.
+A rate is FLOP/s of a phase, for `load` bytes/s. `encode` includes loading the text encoder, `pictures`
+includes loading the VAE and CLIP.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from wancli.errors import EntryError, MachineError, Unreadable
 from wancli.injection.table import Concat, Emphasis, Image, Lerp, Nag, Select, Steer, Text
 from wancli.injection.token_sums import TokenSums, group_by_expr
 from wancli.plan import memory_estimate
+from wancli.plan.picture_entries import entry_flops
 from wancli.resources import flops, machine
 from wancli.storage import atomic, records
 from wancli.storage.schema import Data, Positive
@@ -36,7 +38,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-PHASES = ("encode", "load", "sample", "decode")
+PHASES = ("encode", "load", "sample", "decode", "pictures")
 MIN_SECONDS = 1e-6  # less is no measurement
 MAX_RATES = 400  # records, the newest
 EXTRAPOLATION_FACTOR = 4  # times the tokens
@@ -77,7 +79,8 @@ class Workload:
 
 
 def shot_workloads(shot: Shot) -> dict[str, Workload]:
-    """Return the workload of each phase of a shot: encoding of all its prompts, loading of one expert."""
+    """Return the workload of each phase of a shot: encoding of all its prompts and pictures, loading of one
+    expert."""
     model, wan = shot.model, shot.model.checkpoint.transformer_config
     here = machine.device_name(model.device)
     counts = [len(text.tokens.ids) for text in shot.prompts if not text.file]
@@ -97,7 +100,15 @@ def shot_workloads(shot: Shot) -> dict[str, Workload]:
             shot.tokens,
             flops.decode_flops(model.vae_sizes, shot.latent_shape),
         ),
+        "pictures": picture_workload(shot, sum(entry_flops(shot).values())),
     }
+
+
+def picture_workload(shot: Shot, amount: int) -> Workload:
+    """Return the workload of encoding pictures of this shot with so many FLOPs."""
+    here = machine.device_name(shot.model.device)
+    width = shot.model.vae_sizes.dim
+    return Workload(here, "fp32", "resident", "pictures", width, shot.tokens, amount)
 
 
 def encoding_workload(model: ModelSpec, counts: Sequence[int]) -> Workload:
@@ -148,7 +159,21 @@ def predict_seconds(wanted: Workload, rates: Iterable[Rate]) -> float | None:
 def measured_rates(shots: Sequence[tuple[Shot, ShotRecord]], forked: Collection[int] = ()) -> list[Rate]:
     """Compute the rates of rendered shots from the phases that their manifests record. `forked` are the
     indices of shots whose first steps another shot took: their sampling tells no rate."""
-    return [*_encoding_rates(shots), *_network_rates(shots, forked)]
+    return [*_encoding_rates(shots), *_network_rates(shots, forked), *_picture_rates(shots)]
+
+
+def _picture_rates(shots: Iterable[tuple[Shot, ShotRecord]]) -> Iterator[Rate]:
+    """Yield one rate for the pictures of each round, which are encoded in one phase."""
+    took: dict[str, tuple[Shot, float]] = {}
+    amounts: defaultdict[str, int] = defaultdict(int)
+    for shot, record in shots:
+        for phase in record.phases:
+            if phase.name == "pictures" and not phase.earlier:
+                took[phase.identity] = shot, phase.seconds
+                encoded = not all(picture.cached for picture in record.pictures)
+                amounts[phase.identity] += sum(entry_flops(shot).values()) if encoded else 0
+    for identity, (shot, seconds) in took.items():
+        yield from _workload_rate(picture_workload(shot, amounts[identity]), seconds)
 
 
 def _encoding_rates(shots: Iterable[tuple[Shot, ShotRecord]]) -> Iterator[Rate]:
@@ -173,7 +198,7 @@ def _network_rates(shots: Iterable[tuple[Shot, ShotRecord]], forked: Collection[
             took[phase.name] += phase.seconds / phase.shots
         took["load"] /= max(1, sum(phase.name == "load" for phase in record.phases))
         for name, workload in shot_workloads(shot).items():
-            if name == "encode" or (name == "sample" and shot.index in forked):
+            if name in ("encode", "pictures") or (name == "sample" and shot.index in forked):
                 continue
             yield from _workload_rate(workload, took[name])
 
@@ -191,8 +216,9 @@ def predict_phase_seconds(
 ) -> dict[str, float | None]:
     """Predict the seconds of each phase of a batch; None if unknown.
 
-    Prompts in `missing` are encoded once; a transformer, or each of two experts, is loaded once. `taken` has,
-    by index, how many steps of a shot are left out: another shot takes them, or an earlier run has."""
+    Prompts and entries of pictures in `missing` are encoded once; a transformer, or each of two experts, is
+    loaded once. `taken` has, by index, how many steps of a shot are left out: another shot takes them, or an
+    earlier run has."""
     totals: dict[str, float | None] = dict.fromkeys(PHASES, 0.0)
 
     def add(name: str, one: Workload, times: int = 1) -> None:
@@ -209,6 +235,9 @@ def predict_phase_seconds(
             alone = 1 - taken.get(shot.index, 0) / shot.steps
             add("sample", replace(does["sample"], amount=int(does["sample"].amount * alone)))
             add("decode", does["decode"])
+        pictures = {key: (shot, amount) for shot in own for key, amount in entry_flops(shot).items()}
+        for key in pictures.keys() & missing:
+            add("pictures", picture_workload(*pictures[key]))
     return totals
 
 

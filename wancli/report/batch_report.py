@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from wancli.engine.manifest_body import versions
 from wancli.errors import EntryError, Unreadable
 from wancli.plan import throughput
+from wancli.plan.picture_entries import entry_values
 from wancli.report.shot_entry import ShotEntry
 from wancli.storage import atomic, disk, manifest, sidecars
 from wancli.storage.report_schema import REPORT_SCHEMA as SCHEMA
@@ -49,7 +50,10 @@ def build_report(plan: Plan, outcomes: Sequence[Outcome], rates: Sequence[Rate] 
     fresh = [entry.record for entry in shots if entry.status == "rendered" and entry.record]
     sampled = [record for record in fresh if not _resumed_from_latent(record)]
     prompts = {prompt.id: prompt for record in sampled for prompt in record.prompts}
-    missing = frozenset(id for id, prompt in prompts.items() if not prompt.cached)
+    entries = [
+        key for outcome in outcomes if _encoded_pictures(outcome) for key in entry_values(outcome.shot)
+    ]
+    missing = frozenset([*(id for id, prompt in prompts.items() if not prompt.cached), *entries])
     rendered = [outcome.shot for outcome in outcomes if outcome.status == "rendered"]
     started = [record.first_step_after for record in sampled if record.first_step_after]
     shared = {outcome.shot.index: outcome.shared_steps for outcome in outcomes}
@@ -69,6 +73,14 @@ def build_report(plan: Plan, outcomes: Sequence[Outcome], rates: Sequence[Rate] 
         "versions": versions(),
     }
     return Report(plan.name, shots, totals)
+
+
+def _encoded_pictures(outcome: Outcome) -> bool:
+    """Return whether pictures of this shot were encoded in this run."""
+    record = outcome.record if outcome.status == "rendered" else None
+    if record is None or _resumed_from_latent(record):
+        return False
+    return not all(picture.cached for picture in record.pictures)
 
 
 def _phases_of_this_run(record: Manifest) -> list[PhaseRecord]:

@@ -11,6 +11,7 @@ from wancli.engine import attention_stage, picture_stage, preflight
 from wancli.errors import EntryError, Unreadable
 from wancli.injection.area import count_tokens
 from wancli.plan import alternatives, memory_estimate, throughput
+from wancli.plan.picture_entries import entry_values
 from wancli.plan.pictures import InjectedPicture, PictureFile
 from wancli.storage import cache
 from wancli.text.embedding import read_tokens
@@ -250,7 +251,8 @@ def estimate_time(
     Also returns the rates that were used; `rough` if they are of much smaller or larger shots. `taken` has,
     by index, how many steps of a shot need not be taken any more."""
     texts = {text.id for shot in shots for text in shot.prompts if text.file is None}
-    missing = frozenset(id for id in texts if not store.has(id))
+    entries = {key for shot in shots for key in entry_values(shot)}
+    missing = frozenset(id for id in texts | entries if not store.has(id))
     phases = throughput.predict_phase_seconds(shots, missing, rates, taken)
     parts = list(phases.values())
     sources = throughput.rates_used(shots, rates) if shots else {}

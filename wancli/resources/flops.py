@@ -6,7 +6,10 @@ Convolutions count as those of the plain network, although the decoder here mult
 
 from __future__ import annotations
 
-from wancli.models.config import T5Config, VAE22Config, VAEConfig, WanConfig
+from collections.abc import Collection
+from dataclasses import dataclass
+
+from wancli.models.config import CLIPConfig, T5Config, VAE22Config, VAEConfig, WanConfig
 from wancli.models.parameter_count import upsampled_channels
 
 
@@ -67,3 +70,73 @@ def decode_flops(vae: VAEConfig | VAE22Config, latent: tuple[int, int, int, int]
             c_in, pixels = upsampled_channels(vae, c), 4 * pixels
             products += frames * pixels * 9 * c * c_in
     return 2 * (products + frames * pixels * 27 * c_in * out_channels)
+
+
+def clip_flops(clip: CLIPConfig, pictures: int) -> int:
+    """Count CLIP on pictures, without its last block, which Wan does not run."""
+    rows = clip.rows
+    block = 2 * rows * (4 * clip.dim**2 + 2 * clip.dim * clip.mlp_dim) + 4 * rows**2 * clip.dim
+    patches = 2 * (rows - 1) * 3 * clip.patch**2 * clip.dim
+    return pictures * (patches + (clip.num_layers - 1) * block)
+
+
+def given_frames_flops(
+    vae: VAEConfig | VAE22Config, latent: tuple[int, int, int, int], given: Collection[int]
+) -> int:
+    """Count the encoder on a video for a latent [z, T, Y, X], which is grey except for the given frames.
+
+    Chunks of 1, 4, 4, .. frames. While grey chunks repeat, the first layers are left out as in
+    `wancli.models.vae.Encoder`. The 2.2 VAE encodes one frame only.
+    """
+    _, t, y, x = latent
+    layers = _encoder_layers(vae, 64 * y * x)
+    frames = [1] if isinstance(vae, VAE22Config) else [1] + (t - 1) * [4]
+    last_chunk = max(given) // 4 + (max(given) % 4 > 0) if max(given) else 0
+    total = repeats = done = lag = 0
+    for chunk, count in enumerate(frames):
+        is_repeated = chunk > 1 and chunk != last_chunk and chunk - 1 != last_chunk
+        repeats = repeats + 1 if is_repeated else 0
+        done, lag = (done, lag) if is_repeated else (0, 0)
+        total += (2 * vae.z_dim) ** 2 * y * x
+        now = lag
+        for index, layer in enumerate(layers[done:], done + 1):
+            rate = -(-count // layer.stride)
+            total += rate * layer.products + (count // 2 // layer.stride) * layer.in_time
+            now += layer.looks * -(-2 // rate) if layer.looks else int(layer.in_time > 0)
+            if layer.is_downsampler and now <= repeats:
+                done, lag = index, now
+    return 2 * total
+
+
+@dataclass(frozen=True)
+class _EncoderLayer:
+    """Products of one layer of the VAE encoder for a frame that enters it, once for `stride` of the video."""
+
+    products: int
+    stride: int
+    looks: int = 0  # its convolutions over time that look back two frames
+    in_time: int = 0  # products of the convolution that halves frames, for each that comes out
+    is_downsampler: bool = False
+
+
+def _encoder_layers(vae: VAEConfig | VAE22Config, pixels: int) -> list[_EncoderLayer]:
+    """List the layers of the encoder, for so many pixels of its first stage."""
+
+    def residual(c_in: int, c: int) -> _EncoderLayer:
+        shortcut = c_in * c if c_in != c else 0
+        return _EncoderLayer(pixels * (27 * c * (c_in + c) + shortcut), stride, looks=2)
+
+    stride, c_in = 1, vae.dim
+    colours = 12 if isinstance(vae, VAE22Config) else 3
+    layers = [_EncoderLayer(pixels * 27 * colours * vae.dim, stride, looks=1)]
+    for c, in_time in zip((vae.dim * m for m in vae.dim_mult), (*vae.temporal_downsample, None), strict=True):
+        layers += [residual(c if number else c_in, c) for number in range(vae.num_res_blocks)]
+        c_in = c
+        if in_time is not None:
+            pixels //= 4
+            halved = pixels * 3 * c * c if in_time else 0
+            layers.append(_EncoderLayer(pixels * 9 * c * c, stride, in_time=halved, is_downsampler=True))
+            stride *= 2 if in_time else 1
+    attention = _EncoderLayer(4 * pixels * c_in**2 + 2 * pixels**2 * c_in, stride)
+    head = _EncoderLayer(pixels * 27 * c_in * 2 * vae.z_dim, stride, looks=1)
+    return [*layers, residual(c_in, c_in), attention, residual(c_in, c_in), head]

@@ -203,11 +203,11 @@ def given_frames_phase(
 
 
 def clip_phase(clip: CLIPConfig, *, pictures: int, element_bytes: int) -> Phase:
-    """Predict the encoding of pictures by CLIP: the residual, its norm, q, k, v and what they mix, or the
-    wide activations of the feed-forward.
+    """Predict the encoding of pictures by CLIP: pixels and their patches, the residual before and in a block,
+    its norm, and q, k, v and what they mix, or the wide activations of the feed-forward.
     """
-    row = 2 * clip.dim + max(5 * clip.dim, 2 * clip.mlp_dim)
-    activation = pictures * clip.rows * row * element_bytes
+    row = 4 * clip.dim + max(5 * clip.dim, 2 * clip.mlp_dim)
+    activation = pictures * (clip.rows * row + 3 * clip.image**2) * element_bytes
     return Phase("clip", clip_parameters(clip) * element_bytes, activation, 0)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import subprocess
 import tempfile
 from collections.abc import Callable
@@ -510,3 +511,29 @@ def test_what_is_done_is_compared_also_where_so_many_failed_that_it_was_enough(
     said = loud("--fail-fast", **BATCH, compare={"baseline": "plain"})
     assert said.code == 1, said.err
     assert [shot["id"] for shot in compared(tmp_path)["shots"]] == ["plain", "early"]
+
+
+def test_the_area_of_a_rule_is_scored_apart_from_the_rest(
+    render: Callable[..., CommandResult], tmp_path: Path
+) -> None:
+    """Of a rule for the right half of frames 1 to 4, and of one for the whole video."""
+    right = rule(blocks="all", region=[0.5, 0, 1, 1], frames="1-4")
+    items = [
+        {"id": "plain"},
+        {"id": "right", "inject": [right]},
+        {"id": "all", "inject": [rule(blocks="all")]},
+    ]
+    assert render(output="out/{id}.mp4", frames=5, items=items, compare=True).code == 0
+    rows = {shot["id"]: shot for shot in compared(tmp_path)["shots"]}
+    assert rows["all"].get("psnr_inside") is None
+    luma = {}
+    for id in ("plain", "right"):
+        frames = mp4.read_frames(tmp_path / f"out/{id}.mp4")
+        rgb = [np.frombuffer(frame.rgb, np.uint8).reshape(frame.height, frame.width, 3) for frame in frames]
+        luma[id] = np.stack(rgb) @ [0.2126, 0.7152, 0.0722]
+    squares = (luma["plain"] - luma["right"]) ** 2
+    inside = np.zeros(squares.shape, bool)
+    inside[1:, :, 32:] = True
+    for key, where in (("psnr_inside", inside), ("psnr_outside", ~inside)):
+        expected = 10 * math.log10(255**2 / squares[where].mean())
+        assert rows["right"][key] == pytest.approx(expected, abs=1e-3)

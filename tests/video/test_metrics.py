@@ -82,6 +82,21 @@ def test_psnr_is_that_of_all_squares_not_the_mean_of_the_frames() -> None:
     assert not like.identical
 
 
+def test_psnr_inside_and_outside_of_an_area_are_of_the_pixels_there() -> None:
+    """The left quarter differs by 10 in the first frame, the rest by 1 in both."""
+    a_YX3, b_YX3 = grey(FLAT), grey(FLAT + 1)
+    quarter = FLAT.shape[1] // 4
+    other_YX3 = b_YX3.copy()
+    other_YX3[:, :quarter] = a_YX3[:, :quarter] + 10
+    is_left_YX = np.zeros(FLAT.shape[:2], bool)
+    is_left_YX[:, :quarter] = True
+    like = metrics.compare_frames(
+        [(a_YX3, other_YX3), (a_YX3, b_YX3)], lambda frame: is_left_YX & (frame == 0)
+    )
+    assert like.psnr_inside == pytest.approx(20 * math.log10(255 / 10), abs=1e-3)
+    assert like.psnr_outside == pytest.approx(20 * math.log10(255), abs=1e-3)
+
+
 def test_the_same_pictures_have_no_psnr_and_are_identical() -> None:
     like = metrics.compare_frames([(noise(1), noise(1))])
     assert (like.identical, like.psnr, like.ssim) == (True, None, pytest.approx(1))

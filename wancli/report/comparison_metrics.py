@@ -9,6 +9,7 @@ from typing import Any, TypeAlias
 
 from wancli.engine.manifest_body import load_latent
 from wancli.errors import EntryError, Unreadable
+from wancli.report.comparison_areas import find_inside
 from wancli.storage import disk, sidecars
 from wancli.storage.report_schema import COMPARISON_SCHEMA as SCHEMA
 from wancli.storage.report_schema import ComparisonRecord
@@ -69,6 +70,8 @@ def _format_caption(shot: JsonObject, name_baseline: bool) -> str:
     elif not is_baseline and shot["ssim"] is not None:
         parts.append(f"SSIM {shot['ssim']:.3f}")
         parts += [] if shot["psnr"] is None else [f"PSNR {shot['psnr']:.1f} dB"]
+        if shot.get("psnr_inside") is not None and shot["psnr_outside"] is not None:
+            parts.append(f"inside {shot['psnr_inside']:.1f}, outside {shot['psnr_outside']:.1f}")
     if not is_baseline and shot["latent_distance"] is not None:
         parts.append(f"latent {shot['latent_distance']:.3f}")
     if shot["motion"] is not None:
@@ -152,6 +155,9 @@ def _compared_row(one: Clip, baseline: Clip, baseline_motion: float | None) -> J
     if like.ssim is None:
         why["ssim"] = f"smaller than {metrics.WINDOW}x{metrics.WINDOW}"
     height, width = like.heatmap_YX.shape
+    if find_inside(one.manifest_body):
+        row |= {"psnr_inside": _round(like.psnr_inside), "psnr_outside": _round(like.psnr_outside)}
+        why |= {key: "no pixel differs there" for key in ("psnr_inside", "psnr_outside") if row[key] is None}
     return row | {
         "identical": like.identical and one.info.frame_count == baseline.info.frame_count,
         "psnr": _round(like.psnr),
@@ -170,7 +176,7 @@ def _compare_pixels(one: Clip, baseline: Clip) -> tuple[metrics.FrameMetrics | N
     frames = meter.watch(one.read_pictures())
     like = None
     if one.size == baseline.size:
-        like = metrics.compare_frames(zip(frames, baseline.read_pictures()))
+        like = metrics.compare_frames(zip(frames, baseline.read_pictures()), find_inside(one.manifest_body))
     for _ in frames:  # those that the baseline does not have
         pass
     return like, meter.mean

@@ -96,6 +96,8 @@ class ComparedShot(Data):
     latent_distance: float | None = None
     latent_from: str | None = None
     psnr: float | None = None
+    psnr_inside: float | None = None  # of shots whose rules all act in frames and regions
+    psnr_outside: float | None = None
     ssim: float | None = None
     motion: float | None = None
     baseline_motion: float | None = None

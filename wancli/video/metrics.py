@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import base64
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -32,7 +32,8 @@ class FrameMetrics:
     """How a video differs from another.
 
     `frames` is the number of compared frames, `psnr` in dB (None if all are identical), `ssim` the mean (None
-    for pictures smaller than its window), and the heat-map holds differences in 0..1.
+    for pictures smaller than its window), and the heat-map holds differences in 0..1. `psnr_inside` and
+    `psnr_outside` are those of an area (None if nothing differs there, or if there is none).
     """
 
     frames: int
@@ -40,18 +41,41 @@ class FrameMetrics:
     psnr: float | None
     ssim: float | None
     heatmap_YX: Floats
+    psnr_inside: float | None = None
+    psnr_outside: float | None = None
 
 
-def compare_frames(pairs: Iterable[tuple[Picture, Picture]]) -> FrameMetrics:
+class SquaredErrors:
+    """Adds up squared differences of luma, for PSNR."""
+
+    def __init__(self) -> None:
+        self._sum = 0.0
+        self._count = 0
+
+    def add(self, squares: Floats) -> None:
+        self._sum += float(squares.sum(dtype="float64"))
+        self._count += squares.size
+
+    @property
+    def psnr(self) -> float | None:
+        """In dB; None without any difference."""
+        return 10 * math.log10(PEAK**2 * self._count / self._sum) if self._sum else None
+
+
+def compare_frames(
+    pairs: Iterable[tuple[Picture, Picture]], inside: Callable[[int], NDArray[np.bool_]] | None = None
+) -> FrameMetrics:
     """Compare the frames of two videos of one size, pair by pair; at least one pair.
 
     PSNR is that of the mean squared error of luma over all frames, as ffmpeg's `average`. SSIM is that of
     luma (Wang et al. 2004) over all pixels, averaged over the frames. The heat-map is the mean over time and
-    colours of |difference| / 255, averaged to at most 32 columns.
+    colours of |difference| / 255, averaged to at most 32 columns. `inside` returns by the number of a frame
+    which pixels are in the area [Y, X].
     """
     import numpy as np
 
-    count, squared_errors, ssim_sum, identical = 0, 0.0, 0.0, True
+    count, ssim_sum, identical = 0, 0.0, True
+    everywhere, in_area, around = SquaredErrors(), SquaredErrors(), SquaredErrors()
     apart_YX: Floats | None = None
     for a_YX3, b_YX3 in pairs:
         a_YX, b_YX = to_luma(a_YX3), to_luma(b_YX3)
@@ -59,7 +83,12 @@ def compare_frames(pairs: Iterable[tuple[Picture, Picture]]) -> FrameMetrics:
         frame_YX = average_cells(apart_YX3.mean(axis=2, dtype=np.float32) / np.float32(PEAK), HEATMAP_WIDTH)
         apart_YX = frame_YX if apart_YX is None else apart_YX + frame_YX
         identical = identical and np.array_equal(a_YX3, b_YX3)
-        squared_errors += float(np.square(a_YX - b_YX).mean(dtype=np.float64))
+        squares_YX = np.square(a_YX - b_YX)
+        everywhere.add(squares_YX)
+        if inside:
+            inside_YX = inside(count)
+            in_area.add(squares_YX[inside_YX])
+            around.add(squares_YX[~inside_YX])
         ssim_sum += ssim(a_YX, b_YX) if min(a_YX.shape) >= WINDOW else math.nan
         count += 1
     if apart_YX is None:
@@ -67,9 +96,11 @@ def compare_frames(pairs: Iterable[tuple[Picture, Picture]]) -> FrameMetrics:
     return FrameMetrics(
         count,
         identical,
-        10 * math.log10(PEAK**2 * count / squared_errors) if squared_errors else None,
+        everywhere.psnr,
         None if math.isnan(ssim_sum) else ssim_sum / count,
         apart_YX / np.float32(count),
+        in_area.psnr,
+        around.psnr,
     )
 
 

@@ -13,14 +13,12 @@ from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
-from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanPipeline, WanTransformer3DModel
+from diffusers import AutoencoderKLWan, WanPipeline
 from jobs import (
     CAT,
     FISH,
     KEPT,
     NETWORKS,
-    SPIECE,
     TINY,
     TRANSFORMER,
     CommandResult,
@@ -36,9 +34,8 @@ from jobs import (
     write_job,
 )
 from oracles import relative_error
-from sentencepiece import SentencePieceProcessor
+from saved_pipelines import SavedPipeline, random_transformer, random_vae22
 from torch import Tensor
-from transformers import UMT5Config, UMT5EncoderModel
 
 from wancli.errors import CheckpointError, JobError
 from wancli.job.loader import load
@@ -62,49 +59,9 @@ NEGATIVE = "crowded market, fog"
 SAMPLER = {"steps": STEPS, "shift": SHIFT}
 
 
-class OurTimes(UniPCMultistepScheduler):
-    """Their solver on the official noise levels; theirs differ in the third digit."""
-
-    def set_timesteps(self, steps: int, device: Any = None, **_: Any) -> None:
-        super().set_timesteps(steps, device)
-        ours = build_sigma_schedule("unipc", steps, SHIFT)
-        self.sigmas, self.timesteps = torch.tensor(ours.sigmas), torch.tensor(ours.timesteps)
-
-
-class Saved:
-    """A pipeline of random weights in memory, and the folder that `save_pretrained` wrote."""
-
+class Saved(SavedPipeline):
     def __init__(self, folder: Path, vae: AutoencoderKLWan, **settings: Any) -> None:
-        self.folder = folder
-        self.pieces = SentencePieceProcessor(model_file=str(SPIECE))
-        self.text_encoder = UMT5EncoderModel(
-            UMT5Config(
-                vocab_size=self.pieces.get_piece_size(),
-                d_model=32,
-                d_kv=10,
-                d_ff=48,
-                num_layers=1,
-                num_heads=3,
-            )
-        ).eval()
-        self.pipe = WanPipeline(
-            tokenizer=None,
-            text_encoder=self.text_encoder,
-            vae=vae.eval(),
-            scheduler=UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True),
-            **settings,
-        )
-        self.pipe.save_pretrained(folder)
-        (folder / "tokenizer").mkdir()
-        shutil.copy(SPIECE, folder / "tokenizer" / "spiece.model")
-        self.pipe.scheduler = OurTimes.from_config(self.pipe.scheduler.config)
-        self.pipe.set_progress_bar_config(disable=True)
-
-    def context(self, text: str) -> Tensor:
-        """[1, 512, E] as WanPipeline makes it: rows of the tokens, then zeros."""
-        ids = torch.tensor([[*self.pieces.encode(text), 1]])
-        rows_1NE = self.text_encoder(ids, torch.ones_like(ids)).last_hidden_state
-        return F.pad(rows_1NE, (0, 0, 0, 512 - ids.shape[1]))
+        super().__init__(folder, WanPipeline, vae, SHIFT, **settings)
 
     def latents(self, shape: tuple[int, ...], prompt: str = CAT, later: str = CAT, **call: Any) -> Tensor:
         """Their whole pipeline from our noise; after four steps it reads the prompt `later`."""
@@ -112,42 +69,16 @@ class Saved:
         def swap(pipe: Any, step: int, t: Any, tensors: dict[str, Any]) -> dict[str, Any]:
             return {"prompt_embeds": self.context(later)} if step == 3 else {}
 
-        noise = torch.randn(shape, generator=torch.Generator().manual_seed(SEED))[None]
-        result: Tensor = self.pipe(
-            prompt_embeds=self.context(prompt),
-            negative_prompt_embeds=self.context(NEGATIVE),
-            height=64,
-            width=64,
-            num_frames=5,
-            num_inference_steps=STEPS,
-            latents=noise,
-            output_type="latent",
-            callback_on_step_end=swap,
-            **call,
-        ).frames[0]
-        return result
-
-
-def transformer(channels: int = 16) -> WanTransformer3DModel:
-    network = WanTransformer3DModel(
-        num_attention_heads=2,
-        attention_head_dim=22,
-        in_channels=channels,
-        out_channels=channels,
-        text_dim=32,
-        freq_dim=32,
-        ffn_dim=60,
-        num_layers=3,
-    )
-    for parameter in network.parameters():
-        torch.nn.init.normal_(parameter, std=0.25)
-    return network.eval()
+        return super().latents(
+            shape, SEED, prompt, NEGATIVE,
+            height=64, width=64, num_frames=5, num_inference_steps=STEPS, callback_on_step_end=swap, **call,
+        )  # fmt: skip
 
 
 @pytest.fixture(scope="module")
 def a14b(tmp_path_factory: pytest.TempPathFactory) -> Saved:
     torch.manual_seed(0)
-    experts = {"transformer": transformer(), "transformer_2": transformer()}
+    experts = {"transformer": random_transformer(), "transformer_2": random_transformer()}
     return Saved(
         tmp_path_factory.mktemp("a14b"), AutoencoderKLWan(base_dim=4), boundary_ratio=0.875, **experts
     )
@@ -156,19 +87,12 @@ def a14b(tmp_path_factory: pytest.TempPathFactory) -> Saved:
 @pytest.fixture(scope="module")
 def ti2v(tmp_path_factory: pytest.TempPathFactory) -> Saved:
     torch.manual_seed(0)
-    vae = AutoencoderKLWan(
-        base_dim=4,
-        decoder_base_dim=8,
-        z_dim=48,
-        is_residual=True,
-        in_channels=12,
-        out_channels=12,
-        patch_size=2,
-        scale_factor_spatial=16,
-        latents_mean=list(LATENT_MEAN),
-        latents_std=list(LATENT_STD),
+    return Saved(
+        tmp_path_factory.mktemp("ti2v"),
+        random_vae22(),
+        transformer=random_transformer(48, 48),
+        expand_timesteps=True,
     )
-    return Saved(tmp_path_factory.mktemp("ti2v"), vae, transformer=transformer(48), expand_timesteps=True)
 
 
 @pytest.fixture

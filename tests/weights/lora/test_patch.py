@@ -31,6 +31,7 @@ from diffusers.loaders.lora_conversion_utils import (
     _convert_musubi_wan_lora_to_diffusers,
     _convert_non_diffusers_wan_lora_to_diffusers,
 )
+from oracles import relative_error
 from safetensors.torch import load_file
 from torch import Tensor
 from weight_files import save_tensors
@@ -213,6 +214,79 @@ def test_a_lora_gives_the_velocity_that_diffusers_converters_give(
     assert torch.linalg.vector_norm(expected - plain) > 0.05 * torch.linalg.vector_norm(plain)
     assert torch.linalg.vector_norm(velocity - expected) < 1e-5 * torch.linalg.vector_norm(expected)
     assert lora.coverage.unused == 0
+
+
+def test_fused_projections_give_the_velocity_of_diffusers_fused_model(
+    twins: tuple[WanModel, WanTransformer3DModel], tmp_path: Path
+) -> None:
+    model, reference = twins
+    for block in reference.blocks:
+        block.attn1.fuse_projections()
+        block.attn2.fuse_projections()
+    found: Tensors = {}
+    for block in range(DEPTH):
+        for name, count in (("attn1.to_qkv", 3), ("attn2.to_kv", 2)):
+            module = f"blocks.{block}.{name}"
+            down, up, bias = torch.randn(RANK, DIM), torch.randn(count * DIM, RANK), torch.randn(count * DIM)
+            parts = {"lora_A.weight": 0.1 * down, "lora_B.weight": 0.1 * up, "lora_B.bias": 0.1 * bias}
+            found |= {f"transformer.{module}.{end}": tensor for end, tensor in parts.items()}
+    lora = load_lora(save_tensors(tmp_path / "a.safetensors", found), SHAPES)
+    x, t, text = torch.randn(1, 16, 2, 4, 6), torch.tensor([321.0]), torch.randn(5, 32)
+    with torch.inference_mode():
+        plain = reference(x, t, F.pad(text, (0, 0, 0, 507))[None]).sample
+        for key, down in found.items():
+            module, _, end = key.removeprefix("transformer.").rpartition(".lora_")
+            if end == "A.weight":
+                reference.get_parameter(f"{module}.weight").add_(
+                    found[key.replace("lora_A", "lora_B")] @ down
+                )
+            elif end == "B.bias":
+                reference.get_parameter(f"{module}.bias").add_(down)
+        expected = reference(x, t, F.pad(text, (0, 0, 0, 507))[None]).sample
+        Patches(dict(model.named_parameters()), lambda _: []).apply_step(Loras([use(lora)], [lora]), 0)
+        velocity = model(x, t, [((model.project(text), 1.0),)] * DEPTH)
+    assert relative_error(expected, plain) > 0.05
+    assert relative_error(velocity, expected) < 1e-5
+    assert (lora.coverage.targets, lora.coverage.unused) == (2 * 5 * DEPTH, 0)
+
+
+@pytest.mark.parametrize("kind", ["low-rank", "full", "loha"])
+def test_the_rows_of_a_fused_matrix_are_those_of_its_projections(kind: str, tmp_path: Path) -> None:
+    name, scale = "lora_unet_blocks_1_attn1_to_qkv", 1.0
+    a1, b1, a2, b2 = (torch.randn(s) for s in ((3 * DIM, 2), (2, DIM), (3 * DIM, 2), (2, DIM)))
+    if kind == "low-rank":
+        found = {"lora_up.weight": a1, "lora_down.weight": b1, "alpha": torch.tensor(3.0)}
+        change, scale = exact(a1) @ exact(b1), 3.0 / 2
+    elif kind == "loha":
+        found = {"hada_w1_a": a1, "hada_w1_b": b1, "hada_w2_a": a2, "hada_w2_b": b2}
+        change = (exact(a1) @ exact(b1)) * (exact(a2) @ exact(b2))
+    else:
+        found = {"diff": a1 @ b1}
+        change = exact(a1 @ b1)
+    before = weights()
+    path = save_tensors(tmp_path / "a.safetensors", {f"{name}.{end}": t for end, t in found.items()})
+    after = merged(path, before)
+    names = [f"blocks.1.self_attn.{projection}.weight" for projection in "qkv"]
+    assert changed(after, before) == {*names}
+    for parameter, rows in zip(names, np.split(change, 3)):
+        assert_close(after[parameter], exact(before[parameter]) + scale * rows)
+
+
+def test_a_fused_matrix_that_cannot_be_split_is_refused(tmp_path: Path) -> None:
+    def problem(found: Tensors) -> str:
+        with pytest.raises(CheckpointError) as caught:
+            load_lora(save_tensors(tmp_path / "a.safetensors", found), SHAPES)
+        return str(caught.value)
+
+    qkv, q = "transformer.blocks.0.attn1.to_qkv", "transformer.blocks.0.attn1.to_q"
+    assert "and has 145 rows" in problem(pair(qkv, 3 * DIM + 1, DIM))
+    assert "which is [48, 48] in this model" in problem(pair(qkv, 3 * FFN, DIM))
+    kron = {f"{qkv}.lokr_w1": torch.randn(36, 4), f"{qkv}.lokr_w2": torch.randn(4, 12)}
+    assert "is a Kronecker product" in problem(kron)
+    twice = problem(pair(qkv, 3 * DIM, DIM) | pair(q, DIM, DIM))
+    assert "both change blocks.0.self_attn.q.weight" in twice
+    quantized = pair(qkv, 3 * DIM, DIM) | {f"{qkv}.weight_scale": torch.ones(1)}
+    assert "says what the matrices beside it mean" in problem(quantized)
 
 
 def test_plain_differences_reach_weights_biases_norms_and_modulations(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from wancli.weights.formats.numbers import is_all_zero
 from wancli.weights.formats.safetensors_header import Header, read_header
-from wancli.weights.lora.file import Change
+from wancli.weights.lora.change import Change
 
 
 def explain_no_effect(path: Path, changes: Sequence[Change]) -> str:

@@ -15,25 +15,21 @@ from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Literal, TypeAlias
 
 from wancli.errors import CheckpointError
 from wancli.weights.formats.numbers import decode_numbers
 from wancli.weights.formats.quant_schemes import MARKER
 from wancli.weights.formats.safetensors_header import Header, TensorInfo, read_header
 from wancli.weights.formats.tensor_index import check_complete
+from wancli.weights.lora.change import Change, Kind, Shape, split_fused
 from wancli.weights.lora.key_mapping import (
     REFUSED,
     detect_style,
     is_whole_weight,
-    module_name,
     parameter_name,
     parse_keys,
 )
 from wancli.weights.lora.scaling import Scaling, read_scaling
-
-Kind: TypeAlias = Literal["full", "low-rank", "loha", "lokr"]
-Shape: TypeAlias = tuple[int, ...]
 
 KINDS: dict[Kind, tuple[str, ...]] = {
     "full": ("diff",),
@@ -48,23 +44,6 @@ QUANTIZATION_KEY = "_quantization_metadata"  # ComfyUI's, in the header
 MAX_EXAMPLES = 3  # unknown keys named as examples
 # Last components of keys that say how matrices are quantized.
 QUANTIZERS = {MARKER, "comfy_quant", "absmax", "quant_map"}
-
-
-@dataclass(frozen=True)
-class Change:
-    """The change of one parameter. The matrix of a convolution is [out, everything else]."""
-
-    name: str  # official
-    kind: Kind
-    keys: Mapping[str, str]  # part -> key in the file
-    shape: Shape  # of the parameter if full, of its matrix if not
-    rank: int = 0
-    scale: float = 1.0
-
-    @property
-    def key(self) -> str:
-        """One key of the file, to name the change by."""
-        return next(iter(self.keys.values()))
 
 
 @dataclass(frozen=True)
@@ -109,7 +88,8 @@ def read_lora_file(path: Path) -> LoraFile:
     scaling = read_scaling(
         path, header.metadata, peft=any(target.style == "PEFT" for target in targets.values())
     )
-    changes: list[Change] = []
+    changes: dict[str, Change] = {}
+    applied: set[str] = set()
     for module, parts in modules.items():
         if "alpha" in parts:
             scale = partial(_divide, _read_alpha(header, parts["alpha"]))
@@ -123,17 +103,20 @@ def read_lora_file(path: Path) -> LoraFile:
         unknown += [
             key for part, key in parts.items() if key not in used and not (module_changes and part == "alpha")
         ]
-        changes += module_changes
+        applied |= {module} if module_changes else set()
+        for change in (part for whole in module_changes for part in split_fused(path, module, whole)):
+            if other := changes.get(change.name):
+                raise _invalid_error(path, f"{other.key} and {change.key} both change {change.name}")
+            changes[change.name] = change
     if whole := next(filter(is_whole_weight, unknown), None):
         raise _whole_weight_error(path, whole, alone=not changes)
-    changed = {module_name(change.name) for change in changes}
-    _refuse_leftover(path, unknown, {t.stem for t in targets.values() if t.module in changed})
-    ranked = [change for change in changes if change.rank]
+    _refuse_leftover(path, unknown, {t.stem for t in targets.values() if t.module in applied})
+    ranked = [change for change in changes.values() if change.rank]
     by_scaling = [change for change in ranked if "alpha" not in change.keys]
     return LoraFile(
         path,
         style=detect_style(targets),
-        changes=tuple(changes),
+        changes=tuple(changes.values()),
         unknown=tuple(unknown),
         config=scaling.config,
         scaled=scaling.alpha is not None or not by_scaling,

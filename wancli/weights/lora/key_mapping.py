@@ -33,6 +33,7 @@ from wancli.weights.formats.key_mapping import (
 )
 from wancli.weights.formats.quant_schemes import HELPERS
 from wancli.weights.formats.tensor_index import OTHER_NETWORKS
+from wancli.weights.lora.change import FUSED_FROM_DIFFUSERS
 
 COMFY = "ComfyUI"
 # Stripped one after another, the first that fits each time; the first one names the style.
@@ -240,7 +241,7 @@ def _both_namings(*tables: dict[str, str]) -> dict[str, str]:
     return {_flatten(name): ours for theirs, ours in pairs for name in (theirs, ours)}
 
 
-_BLOCK_MODULES = _both_namings(BLOCK_FROM_DIFFUSERS, IMAGE_BLOCK_FROM_DIFFUSERS)
+_BLOCK_MODULES = _both_namings(BLOCK_FROM_DIFFUSERS, IMAGE_BLOCK_FROM_DIFFUSERS, FUSED_FROM_DIFFUSERS)
 _MODULES = _both_namings(
     TRANSFORMER_FROM_DIFFUSERS, IMAGE_FROM_DIFFUSERS, {"patch_embedding": "patch_embedding"}
 )

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from wancli.errors import CheckpointError
 from wancli.models.variants import NAMES_BY_WIDTH
 from wancli.weights.formats.infer_config import IMAGE_CHANNELS, Shapes
-from wancli.weights.lora.file import MAX_EXAMPLES, Change, LoraFile
+from wancli.weights.lora.change import Change
+from wancli.weights.lora.file import MAX_EXAMPLES, LoraFile
 from wancli.weights.lora.key_mapping import block_index, is_image_only, module_name
 
 TEXT_ENCODER_PREFIXES = ("lora_te", "text_encoder", "te_", "cond_stage_model")  # beginnings of keys

@@ -20,10 +20,13 @@ from wancli.errors import CheckpointError
 from wancli.models.config import Expert
 from wancli.weights.formats.infer_config import Shapes
 from wancli.weights.formats.read import iterate_tensors
-from wancli.weights.lora.file import Change, read_lora_file
+from wancli.weights.lora.change import Change
+from wancli.weights.lora.file import read_lora_file
 from wancli.weights.lora.key_mapping import block_index
 from wancli.weights.lora.match import Coverage, select_changes
 from wancli.weights.lora.use import LoraUse
+
+_ROW_FACTORS = {"diff", "diff_b", "up", "up_bias", "hada_w1_a", "hada_w2_a"}  # have the rows of the matrix
 
 
 @dataclass(frozen=True, eq=False)
@@ -126,6 +129,8 @@ def load_lora(path: Path, shapes: Shapes) -> Lora:
 
 def _build_delta(change: Change, factors: Mapping[str, Tensor], shape: tuple[int, ...]) -> Delta:
     parts = {part: factors[key] for part, key in change.keys.items() if part != "alpha"}
+    if change.rows:  # factors with other rows are shared
+        parts |= {part: parts[part][slice(*change.rows)] for part in _ROW_FACTORS & parts.keys()}
     scale = change.scale
     match change.kind:
         case "full":

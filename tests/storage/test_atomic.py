@@ -400,6 +400,13 @@ def test_the_longest_name_moves_aside_under_a_shorter_one(tmp_path):
     assert aside.name.endswith(".old-1.mp4")
 
 
+def test_a_folder_may_have_a_colon_at_its_end(tmp_path, monkeypatch):
+    atomic.publish_bytes(tmp_path / "night:" / "b.png", b"content")
+    monkeypatch.chdir(tmp_path)
+    atomic.publish_bytes(Path("night:/c.png"), b"content")
+    assert names(tmp_path / "night:") == ["b.png", "c.png"]
+
+
 def test_a_url_of_an_output_does_not_become_a_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(JobError, match="s3://: is a URL"):

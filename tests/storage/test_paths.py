@@ -161,6 +161,14 @@ def test_a_url_is_no_path(text):
         paths.output_path(Path("/"), text, {"id": "a"})
 
 
+def test_a_folder_whose_name_ends_with_a_colon_is_used_if_it_exists(tmp_path):
+    (tmp_path / "night:").mkdir()
+    for text in ("night:/{id}.mp4", "night://{id}.mp4"):
+        assert paths.output_path(tmp_path, text, {"id": "a"}) == tmp_path / "night:" / "a.mp4"
+    with pytest.raises(JobError, match="is a URL"):
+        paths.output_path(tmp_path, "day://{id}.mp4", {"id": "a"})
+
+
 @pytest.mark.parametrize("text", ["$SCRATCH/a.mp4", "${SCRATCH}/{id}.mp4", "out/$USER/{id}.mp4"])
 def test_a_variable_in_a_path_is_refused_and_not_expanded(text):
     with pytest.raises(JobError, match="paths expand no variables") as caught:

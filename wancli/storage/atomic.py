@@ -257,7 +257,8 @@ def _host_name() -> str:
 
 def _make_folder(folder: Path) -> None:
     if not disk.is_folder(folder):
-        if _SCHEME.fullmatch(folder.name):  # Path makes one slash of the two
+        # Path makes one slash of the two. Folders of a job are absolute: its texts were looked at before.
+        if _SCHEME.fullmatch(str(folder)):
             hint = "Mount the store as a folder, or write to a folder and copy the file."
             raise JobError("is a URL, and wancli writes files", where=f"{folder.name}//", hint=hint)
         _make_folder(folder.parent)

@@ -39,9 +39,10 @@ def expand_home(text: str | Path, where: str = "", base: Path = Path()) -> Path:
     """Return a path that a user wrote, with `~` expanded. A relative path starts from `base`.
 
     Raises JobError for a home folder that nobody has, for a URL, and for a variable of the shell: neither is
-    silently another path. A file or folder whose name really begins with `$NAME` is no variable.
+    silently another path. A folder `night:` makes `night://` no URL, and a file or folder whose name really
+    begins with `$NAME` is no variable.
     """
-    if match := _URL.match(str(text)):
+    if (match := _URL.match(str(text))) and not _exists(base / f"{match[1]}:", where, str(text)):
         hint = "wancli reads and writes files: mount the store as a folder, or copy the file."
         raise JobError(f"{str(text)!r} is a URL ({match[1]}), not a path", where=where, hint=hint)
     try:
@@ -50,12 +51,15 @@ def expand_home(text: str | Path, where: str = "", base: Path = Path()) -> Path:
         hint = "Set HOME to an absolute path, or write the path in full."
         raise JobError(f"the home folder of {str(text)!r} is not known", where=where, hint=hint) from None
     for match in _VARIABLE.finditer(str(path)):
-        with disk.reading_for_job(where, str(text)):
-            is_name = disk.is_taken(base / str(path)[: match.end()])
-        if not is_name:
+        if not _exists(base / str(path)[: match.end()], where, str(text)):
             hint = 'Write the path in full, or let the shell expand it: --set KEY="$NAME/...".'
             raise JobError(f"{match[1]} in {str(text)!r}: paths expand no variables", where=where, hint=hint)
     return path
+
+
+def _exists(path: Path, where: str, text: str) -> bool:
+    with disk.reading_for_job(where, text):
+        return disk.is_taken(path)
 
 
 def require_possible(path: Path, shot: str) -> None:

@@ -20,6 +20,7 @@ from wancli.models.dit import WanModel
 
 FIXTURES = Path(__file__).parent / "fixtures"
 SETS = ("wan21-i2v-tiny", "wan21-flf2v-tiny", "wan22-i2v-tiny", "wan22-ti2v-tiny")
+PICTURE, LAST = FIXTURES / "pictures" / "input.png", FIXTURES / "pictures" / "last.png"
 CLIP = FIXTURES / "wan21-i2v-tiny" / "models_clip_open-clip-xlm-roberta-large-vit-huge-14.pth"
 
 
@@ -80,6 +81,27 @@ def cases(name: str) -> tuple[Case, ...]:
 
 def all_cases() -> list[Case]:
     return [case for name in SETS for case in cases(name)]
+
+
+def case_keys(of: str, name: str) -> dict[str, Any]:
+    """The keys of a job that renders a case of a set."""
+    reference = json.loads((FIXTURES / of / "reference.json").read_text())
+    case, prompts = reference["cases"][name], reference["prompts"]
+    guidance = case["cfg"] if "cfg" in case else {"high": case["cfg_high"], "low": case["cfg_low"]}
+    roles = {"first": "image", "last": "last_image"}
+    image = {role: str(FIXTURES / "pictures" / case[key]) for role, key in roles.items() if key in case}
+    inject = []
+    if rule := case.get("inject"):
+        (first, last), (start, end) = rule["blocks"], rule["steps"]
+        kept = {key: rule[key] for key in ("branch", "blend", "strength")}
+        where = {"blocks": f"{first}-{last}", "steps": f"{start}-{end - 1}"}
+        inject = [{"prompt": prompts["injection"]} | kept | where]
+    return {
+        "prompt": prompts["main"], "negative": prompts["negative"], "seed": case["seed"], "image": image,
+        "sampler": {key: case[key] for key in ("solver", "steps", "shift")} | {"guidance": guidance},
+        "frames": case["frames"], "size": {"area": case["max_area"]}, "text": {"max_tokens": 512},
+        "inject": inject,
+    }  # fmt: skip
 
 
 def assemble(name: str, folder: Path) -> Path:

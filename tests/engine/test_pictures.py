@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from image_cases import CLIP, FIXTURES, Case, assemble, cases, load, numbers
+from image_cases import CLIP, FIXTURES, LAST, PICTURE, Case, assemble, case_keys, cases, load, numbers
 from jobs import (
     KEPT,
     NETWORKS,
@@ -54,7 +54,6 @@ from wancli.weights.loader import load_vae
 from wancli.weights.single_files import SingleFiles
 
 TI2V = FIXTURES / "wan22-ti2v-tiny"
-PICTURE, LAST = FIXTURES / "pictures" / "input.png", FIXTURES / "pictures" / "last.png"
 Render = Callable[..., CommandResult]
 
 
@@ -84,27 +83,6 @@ def render(ti2v: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Re
         return run_wancli(capsys, "render", path, "--cache-dir", tmp_path / "cache", *options)
 
     return rendered
-
-
-def case_keys(of: str, name: str) -> dict[str, Any]:
-    """The keys of a job that renders a case of a set."""
-    reference = json.loads((FIXTURES / of / "reference.json").read_text())
-    case, prompts = reference["cases"][name], reference["prompts"]
-    guidance = case["cfg"] if "cfg" in case else {"high": case["cfg_high"], "low": case["cfg_low"]}
-    roles = {"first": "image", "last": "last_image"}
-    image = {role: str(FIXTURES / "pictures" / case[key]) for role, key in roles.items() if key in case}
-    inject = []
-    if rule := case.get("inject"):
-        (first, last), (start, end) = rule["blocks"], rule["steps"]
-        kept = {key: rule[key] for key in ("branch", "blend", "strength")}
-        where = {"blocks": f"{first}-{last}", "steps": f"{start}-{end - 1}"}
-        inject = [{"prompt": prompts["injection"]} | kept | where]
-    return {
-        "prompt": prompts["main"], "negative": prompts["negative"], "seed": case["seed"], "image": image,
-        "sampler": {key: case[key] for key in ("solver", "steps", "shift")} | {"guidance": guidance},
-        "frames": case["frames"], "size": {"area": case["max_area"]}, "text": {"max_tokens": 512},
-        "inject": inject,
-    }  # fmt: skip
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,13 @@ from block_maps import TOTAL, measured_map
 from wancli.errors import EntryError
 from wancli.injection import block_map
 
+IMAGE = block_map.MeasuredBranch(
+    main="cat.png", injected="dog.png", ids=["cc", "dd"], values=[TOTAL[::-1]], total=TOTAL[::-1],
+    suggestion="[3, 5]", hits=8,
+)  # fmt: skip
+NO_TEXT: dict[str, Any] = {"prompts": [], "values": [], "total": [], "suggestion": ""}
+
+
 # ---- the file ----
 
 
@@ -27,6 +34,20 @@ def test_a_written_map_reads_back_equal(tmp_path: Path) -> None:
     assert block_map.read(path) == measured_map()
     document = json.loads(path.read_text())
     assert (document["schema"], document["values"]) == ("wancli/map/1", [TOTAL])
+    assert "image" not in document
+
+
+def test_a_map_of_pictures_has_a_key_of_its_own_and_reads_back_equal(tmp_path: Path) -> None:
+    path = tmp_path / "job.map.inject.json"
+    both, alone = measured_map(image=IMAGE), measured_map(image=IMAGE, **NO_TEXT)
+    for written in (both, alone):
+        block_map.write(path, written)
+        assert block_map.read(path) == written
+        assert json.loads(path.read_text())["image"]["total"] == IMAGE.total
+    assert len({both.key, alone.key, measured_map().key}) == 3
+    assert [list(one.branches) for one in (both, alone)] == [["text", "image"], ["image"]]
+    assert (both.block_totals("text"), both.block_totals("image")) == (TOTAL, IMAGE.total)
+    assert alone.block_totals("text") is None
 
 
 @pytest.mark.parametrize(
@@ -39,6 +60,9 @@ def test_a_written_map_reads_back_equal(tmp_path: Path) -> None:
         {"prompts": []},
         {"method": "guess"},
         {"seed": None},
+        {"image": IMAGE.model_dump() | {"total": TOTAL[1:]}},
+        {"image": IMAGE.model_dump() | {"values": []}},
+        {"image": IMAGE.model_dump() | {"hits": -1}},
     ],
 )
 def test_a_file_that_is_not_a_sound_map_is_damage(change: dict[str, Any], tmp_path: Path) -> None:

@@ -182,8 +182,12 @@ def test_full_renders_are_scored_in_pixels_and_not_rendered_twice(
 @pytest.mark.parametrize(
     ("options", "changes", "message"),
     [
-        ([], {"inject": []}, "job: no shot injects a prompt, so there is nothing to measure"),
-        (["--shot", "x"], {}, "--shot: no shot 'x' that injects a prompt, so there is nothing to measure"),
+        ([], {"inject": []}, "job: no shot injects a prompt or a picture, so there is nothing to measure"),
+        (
+            ["--shot", "x"],
+            {},
+            "--shot: no shot 'x' that injects a prompt or a picture, so there is nothing to measure",
+        ),
         (["--levels", "3"], {}, "--levels: 3 is not within 1 and the 2 steps"),
         (["--levels", "0"], {}, "--levels: 0 is not within 1 and the 2 steps"),
         (["--ranges", "5"], {}, "--ranges: 4 blocks cannot be split into 5 ranges"),

@@ -26,13 +26,19 @@ CONFIG = WanConfig(dim=48, ffn_dim=96, num_heads=2, num_layers=DEPTH, text_dim=3
 
 
 def random_point(config: WanConfig = CONFIG, latent: tuple[int, ...] = (16, 2, 4, 4)) -> ProbePoint:
+    """A point at which a prompt is injected, or a picture if the blocks attend to pictures."""
     torch.manual_seed(0)
     model = WanModel(config).eval().requires_grad_(False)
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.2)
     with torch.no_grad():
         a, b = (model.project(torch.randn(count, config.text_dim)) for count in (5, 9))
-    plain, injected = ([((context, 1.0),)] * config.num_layers for context in (a, b))
+        if config.image_dim is not None:
+            c, d = (model.project_image(torch.randn(count, config.image_dim)) for count in (3, 7))
+            mixes: list[Mix] = [((a, 1.0), (picture, 1.0)) for picture in (c, d)]
+        else:
+            mixes = [((context, 1.0),) for context in (a, b)]
+    plain, injected = ([mix] * config.num_layers for mix in mixes)
     return ProbePoint(model, torch.randn(1, *latent), 700.0, plain, injected)
 
 
@@ -151,12 +157,13 @@ def test_a_block_that_reads_an_empty_mix_adds_no_text() -> None:
 
 def mixed(point: ProbePoint, block: int, s: float | Tensor) -> list[Mix]:
     """One block's outputs mixed with strength s."""
-    (a, _), (b, _) = point.plain[block][0], point.injected[block][0]
-    return [((a, 1 - s), (b, s)) if i == block else mix for i, mix in enumerate(point.plain)]
+    mix = [(a, 1 - s) for a, _ in point.plain[block]] + [(b, s) for b, _ in point.injected[block]]
+    return [mix if i == block else plain for i, plain in enumerate(point.plain)]
 
 
-def test_the_derivative_of_every_block_is_that_of_finite_differences() -> None:
-    point = random_point()
+@pytest.mark.parametrize("config", [CONFIG, replace(CONFIG, image_dim=24)], ids=["text", "image"])
+def test_the_derivative_of_every_block_is_that_of_finite_differences(config: WanConfig) -> None:
+    point = random_point(config)
     toward = torch.randn_like(point.x_1CTYX)
     velocities = dict(sensitivity.compute_derivatives(point, toward))
     assert torch.allclose(velocities.pop(DEPTH), forward(point, point.plain), rtol=1e-4, atol=1e-5)

@@ -35,8 +35,8 @@ def probe_command(
     method: Annotated[
         MethodName,
         typer.Option(
-            help="inject: each block reads the injected prompt. skip: each block reads no prompt. gradient: "
-            "all blocks at once, to first order. render: whole videos, compared in pixels."
+            help="inject: each block reads the injected prompt or picture. skip: each block reads none. "
+            "gradient: all blocks at once, to first order. render: whole videos, compared in pixels."
         ),
     ] = MethodName.inject,
     levels: Annotated[
@@ -53,7 +53,7 @@ def probe_command(
         ),
     ] = None,
     shot: Annotated[
-        str | None, typer.Option(metavar="ID", help="The shot. Default: the first that injects a prompt.")
+        str | None, typer.Option(metavar="ID", help="The shot. Default: the first that injects.")
     ] = None,
     output: Annotated[
         Path | None,
@@ -65,9 +65,9 @@ def probe_command(
     progress: ProgressOption = ProgressMode.auto,
     quiet: Quiet = False,
 ) -> int:
-    """Measure which block's text matters.
+    """Measure which block's text or picture matters.
 
-    For the model and prompts of a job. Shows the map, suggests `blocks:`, and keeps the map for
+    For the model, prompts and pictures of a job. Shows the map, suggests `blocks:`, and keeps the map for
     `inject.blocks: auto:top8`.
     """
     from wancli import signals

@@ -1,4 +1,5 @@
-"""Block maps: which block's text changes the output most, measured for one model and one pair of prompts.
+"""Block maps: which block's text or picture changes the output most, measured for one model and one pair of
+prompts or pictures.
 
 `wancli probe` writes a map beside the outputs of the job, and into the cache (`block_map_store`). Loads
 without torch.
@@ -20,6 +21,7 @@ from wancli.units import format_ranges
 
 SCHEMA = "wancli/map/1"
 Method = Literal["inject", "gradient", "skip", "render"]
+Attended = Literal["text", "image"]  # what blocks attend to
 METHODS: tuple[Method, ...] = get_args(Method)  # the most direct measurement of a block first
 
 
@@ -41,16 +43,32 @@ class PromptPair(MapPart):
     ids: list[str]  # of their embeddings
 
 
+class MeasuredBranch(MapPart):
+    """What one branch of the cross-attentions adds, measured with another prompt or picture.
+
+    `values` has a row for each noise level, and `total` is the mean of the rows. A row has a number for each
+    block, or, if the map has `ranges`, for each range. `hits` counts the blocks that read what was injected.
+    """
+
+    main: str  # the shot's own prompt, or the names of its pictures
+    injected: str
+    ids: list[str]  # of both: the embeddings, or the rows of CLIP
+    values: list[list[float]]
+    total: list[float]
+    suggestion: str
+    hits: Count | None = None
+
+
 class NoiseLevel(MapPart):
     step: int
     sigma: float
 
 
 class BlockMap(MapPart):
-    """A measured map.
+    """A measured map: of what blocks read of prompts, of pictures (`image`), or of both.
 
-    `values` has a row for each noise level, and `total` is the mean of the rows. A row has a number for each
-    block, or, if `ranges` is set, for each range. A map of full renders has no levels and no rows.
+    The fields from `prompts` to `hits` that `MeasuredBranch` has are those of the prompts. Without prompts
+    they are empty. A map of full renders has no levels and no rows.
     """
 
     KIND: ClassVar[records.Kind] = records.BLOCK_MAP
@@ -59,7 +77,7 @@ class BlockMap(MapPart):
     model: MapModel
     loras: list[str]
     method: Method
-    prompts: Annotated[list[PromptPair], Field(min_length=1)]
+    prompts: list[PromptPair]
     size: str
     frames: Positive
     seed: Count
@@ -73,47 +91,62 @@ class BlockMap(MapPart):
     forwards: float
     versions: dict[str, str]
     created: str
+    hits: Count | None = None
+    image: MeasuredBranch | None = None
 
     @model_validator(mode="after")
     def _rows_are_whole(self) -> Self:
         width = self.model.blocks if self.ranges is None else len(self.ranges)
-        rows = [*self.values, self.total]
-        if not width or len(self.values) != len(self.levels) or any(len(row) != width for row in rows):
-            raise ValueError("the rows are not as long as the blocks are many")
+        if not width or not self.branches:
+            raise ValueError("nothing was measured")
+        for branch in self.branches.values():
+            rows = [*branch.values, branch.total]
+            if len(branch.values) != len(self.levels) or any(len(row) != width for row in rows):
+                raise ValueError("the rows are not as long as the blocks are many")
         if any(not r or not 0 <= min(r) <= max(r) < self.model.blocks for r in self.ranges or []):
             raise ValueError("a range is of no block of the model")
         return self
 
     def as_dict(self) -> dict[str, Any]:
         """Convert to the JSON object of a map file."""
-        return {"schema": SCHEMA, **self.model_dump()}
+        later = {name for name in ("hits", "image") if getattr(self, name) is None}
+        return {"schema": SCHEMA, **self.model_dump(exclude=later)}
+
+    @property
+    def branches(self) -> dict[Attended, MeasuredBranch]:
+        """What was measured: the branch of the prompts, that of the pictures, or both."""
+        found: dict[Attended, MeasuredBranch] = {}
+        for pair in self.prompts[:1]:
+            found["text"] = MeasuredBranch(
+                main=pair.main, injected=pair.injected, ids=pair.ids, values=self.values, total=self.total,
+                suggestion=self.suggestion, hits=self.hits,
+            )  # fmt: skip
+        return found | ({"image": self.image} if self.image else {})
 
     @property
     def key(self) -> str:
         """Hash of what was measured. Maps with the same key replace each other in the store."""
         same = (self.model.sha256, self.loras, self.method, [p.ids for p in self.prompts], self.size)
         at = (self.frames, self.seed, [level.step for level in self.levels], self.ranges)
-        return hashlib.sha256(json.dumps([same, at]).encode()).hexdigest()[:32]
+        pictures = [self.image.ids] if self.image else []
+        return hashlib.sha256(json.dumps([same, at, *pictures]).encode()).hexdigest()[:32]
 
-    @property
-    def block_totals(self) -> list[float] | None:
-        """The total of each block; None if the map has wider ranges, or lacks a block."""
+    def block_totals(self, attended: Attended) -> list[float] | None:
+        """Return the total of each block; None if the map has wider ranges, or lacks a block or branch."""
+        if (branch := self.branches.get(attended)) is None:
+            return None
         if self.ranges is None:
-            return self.total
+            return branch.total
         if sorted(block for r in self.ranges for block in r) != list(range(self.model.blocks)):
             return None
         if any(len(r) != 1 for r in self.ranges):
             return None
-        return [value for _, value in sorted(zip((r[0] for r in self.ranges), self.total))]
+        return [value for _, value in sorted(zip((r[0] for r in self.ranges), branch.total))]
 
-    @property
-    def texts(self) -> tuple[str, str]:
-        """The main prompt and the injected one."""
-        return self.prompts[0].main, self.prompts[0].injected
-
-    def matches_prompts(self, ids: Sequence[str]) -> bool:
-        """Whether this map is of these two prompts, named by the ids of their embeddings."""
-        return any(prompts.ids == list(ids) for prompts in self.prompts)
+    def is_of(self, ids: Sequence[str]) -> bool:
+        """Whether this map is of these two prompts or pictures, named by the ids of what blocks read."""
+        measured = [pair.ids for pair in self.prompts] + ([self.image.ids] if self.image else [])
+        return list(ids) in measured
 
     def describe(self) -> str:
         """Name the map for people: `the inject map of shot 0001 of reef, 2026-11-23`."""

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from wancli.errors import EntryError, JobError, Unreadable
 from wancli.injection import block_map
-from wancli.injection.block_map import METHODS, BlockMap, format_blocks, rank
+from wancli.injection.block_map import METHODS, Attended, BlockMap, format_blocks, rank
 from wancli.storage import disk
 from wancli.units import quote
 
@@ -27,7 +27,7 @@ class AutoBlocks:
     spec: str
     blocks: str
     map_name: str
-    other_prompts: str = ""  # of the map, if they are not those of the rule
+    other_prompts: str = ""  # or pictures, of the map, if they are not those of the rule
 
 
 @dataclass(frozen=True)
@@ -49,11 +49,17 @@ class BlockMapStore:
         return path
 
     def select_blocks(
-        self, spec: str, rule: int, transformer: str, depth: int, ids: Sequence[str]
+        self,
+        spec: str,
+        rule: int,
+        transformer: str,
+        depth: int,
+        ids: Sequence[str],
+        attended: Attended = "text",
     ) -> tuple[list[int], AutoBlocks | None]:
-        """Select the blocks of `auto:top8` or `auto:bottom8`, in rising order.
+        """Select the blocks of `auto:top8` or `auto:bottom8`, in rising order, by one branch of the map.
 
-        A map of the same two prompts (`ids`) is preferred to one of other prompts. Then the method decides:
+        A map of the same two of them (`ids`) is preferred to one of others. Then the method decides:
         `inject` before `gradient`, `skip` and `render`. Then the newest map wins.
 
         Raises ValueError if `spec` is not such a set, and JobError if there is no map of the model.
@@ -66,19 +72,22 @@ class BlockMapStore:
             raise ValueError(f"{spec!r} is not within 1 and the model's {depth} blocks")
         if self.allow_missing:
             return list(range(depth)), None
-        candidates = sorted(self._candidates(transformer, depth), key=lambda m: m.created, reverse=True)
-        candidates.sort(key=lambda m: (not m.matches_prompts(ids), METHODS.index(m.method)))
+        known = [m for m in self._candidates(transformer, depth) if m.block_totals(attended)]
+        candidates = sorted(known, key=lambda m: m.created, reverse=True)
+        candidates.sort(key=lambda m: (not m.is_of(ids), METHODS.index(m.method)))
         if not candidates:
+            of = " of a picture" if attended == "image" else ""
             raise JobError(
-                f"{spec} needs a map, and none was measured with this model",
+                f"{spec} needs a map{of}, and none was measured with this model",
                 hint="`wancli probe JOB` measures one; --method gradient is the quickest.",
             )
         best = candidates[0]
-        values = best.block_totals
+        values, branch = best.block_totals(attended), best.branches[attended]
         assert values is not None
         ranking = rank(values)
         blocks = sorted(ranking[:count] if match[1] == "top" else ranking[-count:])
-        others = "" if best.matches_prompts(ids) else " against ".join(quote(text, 40) for text in best.texts)
+        pair = " against ".join(quote(text, 40) for text in (branch.main, branch.injected))
+        others = "" if best.is_of(ids) else pair
         return blocks, AutoBlocks(rule, spec, format_blocks(blocks), best.describe(), others)
 
     def _folder(self, transformer: str) -> Path:
@@ -101,5 +110,5 @@ class BlockMapStore:
                 log.warning("%s; not used", error)
             else:
                 model = measured and (measured.model.sha256, measured.model.blocks)
-                if measured and measured.block_totals and model == (transformer, depth):
+                if measured and model == (transformer, depth):
                     yield measured

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 from wancli.errors import JobError
@@ -21,6 +22,7 @@ from wancli.sampling.stages import Stage
 def compile_rules(
     item: Item,
     prompt: Prompt,
+    clip_id: str | None,
     injected: Sequence[Prompt | InjectedPicture],
     model: ModelSpec,
     maps: BlockMapStore,
@@ -29,7 +31,8 @@ def compile_rules(
 ) -> tuple[tuple[Rule, ...], tuple[AutoBlocks, ...]]:
     """Compile the rules of a shot. Also returns the blocks that measured maps chose for them.
 
-    `prompt` is the shot's own, and `injected` has what each rule injects. Raises JobError.
+    `prompt` and `clip_id` are what blocks read without rules, and `injected` has what each rule injects.
+    Raises JobError.
     """
     depth = model.checkpoint.transformer_config.num_layers
     rules: list[Rule] = []
@@ -38,34 +41,28 @@ def compile_rules(
     for i, (inject, other) in enumerate(zip(item.job.inject, injected, strict=True)):
         blocks: Blocks = "all"  # if their map is missing
         with problems.collect(), locate_errors(item, "inject", i, "blocks"):
+            choose = partial(maps.select_blocks, rule=i, transformer=model.transformer, depth=depth)
             if isinstance(other, InjectedPicture):
-                blocks = _refuse_auto_blocks(inject.blocks)
+                choose = partial(choose, ids=(clip_id or "", other.id), attended="image")
             else:
-                ids = prompt.id, other.id
-                blocks, auto = _select_auto_blocks(inject.blocks, i, maps, model.transformer, depth, ids)
-                auto_blocks += auto
+                choose = partial(choose, ids=(prompt.id, other.id))
+            blocks, auto = _select_auto_blocks(inject.blocks, choose)
+            auto_blocks += auto
         with problems.collect():
             rules.append(_compile_rule(item, i, inject, blocks, other, depth, sigmas, stages))
     problems.raise_all()
     return tuple(rules), tuple(auto_blocks)
 
 
-def _refuse_auto_blocks(spec: Blocks) -> Blocks:
-    if any(str(part).startswith("auto") for part in (spec if isinstance(spec, list) else [spec])):
-        hint = "Give numbers, or a range like early."
-        raise JobError("auto needs a block map, and `wancli probe` measures prompts, no pictures", hint=hint)
-    return spec
-
-
 def _select_auto_blocks(
-    spec: Blocks, index: int, maps: BlockMapStore, transformer: str, depth: int, ids: tuple[str, str]
+    spec: Blocks, choose: Callable[[str], tuple[list[int], AutoBlocks | None]]
 ) -> tuple[Blocks, list[AutoBlocks]]:
     """Replace sets like `auto:top8` by the blocks that a measured map chooses. Also returns these choices."""
     blocks: list[str | int] = []
     auto_blocks = []
     for part in spec if isinstance(spec, list) else [spec]:
         if isinstance(part, str) and part.startswith("auto"):
-            chosen, auto = maps.select_blocks(part, index, transformer, depth, ids)
+            chosen, auto = choose(part)
             blocks += chosen
             auto_blocks += [auto] if auto else []
         else:

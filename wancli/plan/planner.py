@@ -190,6 +190,7 @@ def _build_shot(
     problems = Problems()
     width, height = variant.width, variant.height
     fps = job.video.fps or variant.fps
+    pictures = None
     with problems.collect():
         pictures, (width, height) = picture_resolver.resolve_pictures(item, variant, picture_memo, continued)
     frames = job.frames or variant.frames
@@ -214,7 +215,10 @@ def _build_shot(
                     where=item.location("attention"),
                     hint="Leave it out, or render a shot of one of the prompts.",
                 )
-        rules, auto_blocks = compile_rules(item, main.prompt, injected, model, block_maps, sigmas, stages)
+        own = model.read_given(pictures)
+        rules, auto_blocks = compile_rules(
+            item, main.prompt, own.id if own else None, injected, model, block_maps, sigmas, stages
+        )
     if problems.errors:
         with problems.collect():
             outputs.check_template(jobs, index, item)

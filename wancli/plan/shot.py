@@ -111,6 +111,12 @@ class ModelSpec:
         pixels = [[source.pixels_key, method] for source in read]
         return ClipPictures(_hash(["clip", self.clip, self.device, pixels]), read, method)
 
+    def read_given(self, pictures: ShotPictures | None) -> ClipPictures | None:
+        """Return what the blocks read of given frames, if there are any; as `read_with_clip`."""
+        if pictures is None:
+            return None
+        return self.read_with_clip([frame.source for frame in pictures.frames], pictures.first.how.method)
+
 
 @dataclass(frozen=True)
 class SaveInterval:
@@ -298,10 +304,7 @@ class Shot:
 
     @cached_property
     def _own_clip(self) -> ClipPictures | None:
-        if not self.pictures:
-            return None
-        sources = [frame.source for frame in self.pictures.frames]
-        return self.model.read_with_clip(sources, self.pictures.first.how.method)
+        return self.model.read_given(self.pictures)
 
     @property
     def clip_pictures(self) -> tuple[ClipPictures, ...]:

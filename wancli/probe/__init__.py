@@ -1,1 +1,1 @@
-"""Measured block maps: which block's text matters."""
+"""Measured block maps: which block's text or picture matters."""

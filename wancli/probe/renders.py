@@ -6,6 +6,7 @@ rendered again.
 
 from __future__ import annotations
 
+import itertools
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -17,7 +18,7 @@ from wancli.injection.table import Rule
 from wancli.plan import batching
 from wancli.plan.shot import Plan, Shot
 from wancli.probe import request
-from wancli.probe.request import ProbeRequest
+from wancli.probe.request import Measured, ProbeRequest
 from wancli.video import mp4
 
 
@@ -33,21 +34,27 @@ def measure(probe: ProbeRequest, context: RenderContext) -> BlockMap:
         if outcome.error:
             raise outcome.error
     plain, *others = shots
-    total = [mean_difference(shot.output, plain.output) for shot in others]
+    differences = iter([mean_difference(shot.output, plain.output) for shot in others])
+    measured = {
+        subject.attended: Measured([], [next(differences) for _ in probe.ranges])
+        for subject in probe.subjects
+    }
     forwards = sum(
         (shot.steps - schedule.placement(shot).shared_steps) * shot.forwards_per_step for shot in shots
     )
-    return request.build_map(probe, [], total, time.monotonic() - began, forwards)
+    return request.build_map(probe, measured, time.monotonic() - began, forwards)
 
 
 def plan_renders(probe: ProbeRequest) -> list[Shot]:
-    """Return the plain shot, and for each range a shot with the first rule on that range, at strength 1."""
-    rule = probe.rule
+    """Return the plain shot, and for each subject and range a shot with the rule on that range, at strength
+    1.
+    """
     shots = [_with_output(probe.plain_shot, 0, "plain")]
-    for index, blocks in enumerate(probe.ranges, 1):
-        range_rule: Rule = replace(rule, blocks=tuple((block, 1.0) for block in blocks))
-        shot = replace(probe.plain_shot, rules=(range_rule,), injected=(probe.injected,))
-        shots.append(_with_output(shot, index, f"blocks {format_blocks(blocks)}"))
+    for subject, blocks in itertools.product(probe.subjects, probe.ranges):
+        range_rule: Rule = replace(subject.rule, blocks=tuple((block, 1.0) for block in blocks))
+        shot = replace(probe.plain_shot, rules=(range_rule,), injected=(subject.injected,))
+        name = "image blocks" if subject.attended == "image" else "blocks"
+        shots.append(_with_output(shot, len(shots), f"{name} {format_blocks(blocks)}"))
     return shots
 
 

@@ -6,6 +6,7 @@ Loads without torch.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from itertools import pairwise
@@ -13,10 +14,11 @@ from itertools import pairwise
 from wancli.engine.manifest_body import versions
 from wancli.errors import DoesNotFit, JobError
 from wancli.injection import block_map
-from wancli.injection.block_map import BlockMap, Method
+from wancli.injection.block_map import Attended, BlockMap, MeasuredBranch, Method
 from wancli.injection.selectors import NAMED_BLOCKS, parse_blocks
 from wancli.injection.table import Rule
 from wancli.plan import memory_estimate, memory_policy
+from wancli.plan.pictures import InjectedPicture
 from wancli.plan.shot import Plan, Prompt, Shot
 from wancli.resources import memory_model
 from wancli.resources.memory_model import FP32, Phase
@@ -29,6 +31,27 @@ UNITS: dict[Method, str] = {
     "gradient": "relative change of the velocity, by first order",
     "render": "mean |difference| of 8-bit pixels",
 }
+
+
+@dataclass(frozen=True)
+class Subject:
+    """The prompt or the picture whose effect is measured, and the rule that injects it."""
+
+    rule: Rule
+    injected: Prompt | InjectedPicture
+
+    @property
+    def attended(self) -> Attended:
+        return "image" if self.rule.image else "text"
+
+
+@dataclass(frozen=True)
+class Measured:
+    """The values of one branch: a row for each level, the total, and how many blocks read another context."""
+
+    values: list[list[float]]
+    total: list[float]
+    hits: int | None = None
 
 
 @dataclass(frozen=True)
@@ -52,34 +75,32 @@ class ProbeRequest:
         return replace(self.shot, rules=(), injected=(), measure=False)
 
     @property
-    def injected(self) -> Prompt:
-        """The prompt whose effect is measured."""
-        return self.shot.injected_prompts[0]
+    def subjects(self) -> tuple[Subject, ...]:
+        """The first prompt and the first picture that the shot injects, if it does."""
+        found: dict[bool, Subject] = {}
+        for rule, injected in zip(self.shot.rules, self.shot.injected, strict=True):
+            found.setdefault(rule.image, Subject(rule, injected))
+        return tuple(found[image] for image in sorted(found))
 
     @property
-    def rule(self) -> Rule:
-        """The rule that injects it."""
-        return next(rule for rule in self.shot.rules if not rule.image)
-
-    @property
-    def texts(self) -> tuple[Prompt, ...]:
-        """The prompts of the plain shot, then the injected one."""
-        return (*self.plain_shot.prompts, self.injected)
+    def encoded_shot(self) -> Shot:
+        """The plain shot, and the prompt and the picture that are encoded for it to read, too."""
+        return replace(self.plain_shot, injected=tuple(subject.injected for subject in self.subjects))
 
 
 def plan_probe(
     plan: Plan, method: Method, levels: int | None, ranges: str | None, shot_id: str | None
 ) -> ProbeRequest:
     """Choose the shot, the noise levels and the ranges of blocks. Raises JobError if the plan lacks them."""
-    candidates = [shot for shot in plan.shots if shot.injected_prompts]
+    candidates = [shot for shot in plan.shots if shot.injected]
     if shot_id is not None:
         candidates = [shot for shot in candidates if shot.id == shot_id]
     if not candidates:
         subject = "no shot" if shot_id is None else f"no shot {shot_id!r} that"
         raise JobError(
-            f"{subject} injects a prompt, so there is nothing to measure",
+            f"{subject} injects a prompt or a picture, so there is nothing to measure",
             where="--shot" if shot_id else plan.name,
-            hint="Give the job `inject: [{prompt: ...}]`; `wancli plan` lists its shots.",
+            hint="Give the job `inject: [{prompt: ...}]`, or `{image: ...}`; `wancli plan` lists its shots.",
         )
     shot = candidates[0]
     if shot.continues:
@@ -135,13 +156,13 @@ def max_forwards_per_pass(probe: ProbeRequest, *, encoded: bool) -> int:
     smallest = predict_phase(probe, 1)
     need = memory_estimate.process_bytes(model) + smallest.total
     if not encoded:
-        tokens = [len(text.tokens.ids) for text in probe.texts]
+        tokens = [len(text.tokens.ids) for text in probe.encoded_shot.prompts]
         need = max(
             need,
             memory_estimate.process_bytes(model) + memory_estimate.predict_encoding(model, tokens).total,
         )
     pictures = [
-        phase for phase in memory_estimate.predict_phases(probe.plain_shot) if phase.name == "pictures"
+        phase for phase in memory_estimate.predict_phases(probe.encoded_shot) if phase.name == "pictures"
     ]
     need = max([need, *(memory_estimate.process_bytes(model) + phase.total for phase in pictures)])
     if need > limit:
@@ -153,9 +174,8 @@ def max_forwards_per_pass(probe: ProbeRequest, *, encoded: bool) -> int:
     if model.residency == "resident":
         return 1
     headroom = limit - memory_estimate.process_bytes(model)
-    return max(
-        n for n in range(1, len(probe.ranges) + 1) if n == 1 or predict_phase(probe, n).total <= headroom
-    )
+    forks = len(probe.ranges) * len(probe.subjects)
+    return max(n for n in range(1, forks + 1) if n == 1 or predict_phase(probe, n).total <= headroom)
 
 
 def _refuse_without_gradients(shot: Shot) -> None:
@@ -190,23 +210,24 @@ def _memory_hint(probe: ProbeRequest) -> str:
 def predict_phase(probe: ProbeRequest, forks: int) -> Phase:
     """Predict the memory of measuring one level, with `forks` forwards in a pass beside the plain one."""
     shot, wan = probe.plain_shot, probe.shot.model.checkpoint.transformer_config
-    rows = sum((shot.context_rows | {probe.injected.id: probe.injected.rows}).values())
+    rows = sum(probe.encoded_shot.context_rows.values())
     sampling = memory_estimate.predict_sampling(shot, rows, 1 + forks)
     activation = sampling.activation
     if probe.method == "gradient":
         element = memory_estimate.ELEMENT_BYTES[shot.model.compute_dtype]
         activation = max(activation, memory_model.derivative_bytes(wan, shot.tokens, element_bytes=element))
-    velocities = FP32 * (len(probe.ranges) + 1) * math.prod(shot.latent_shape)
+    forwards = len(probe.ranges) * len(probe.subjects) + 1
+    velocities = FP32 * forwards * math.prod(shot.latent_shape)
     return Phase("probe", sampling.model, activation, sampling.buffer + velocities)
 
 
 def build_map(
-    probe: ProbeRequest, rows: list[list[float]], total: list[float], seconds: float, forwards: float
+    probe: ProbeRequest, measured: Mapping[Attended, Measured], seconds: float, forwards: float
 ) -> BlockMap:
     """Build the map from the measured values and the facts of the shot."""
     shot, model = probe.shot, probe.shot.model
     ranges = None if probe.per_block else [list(r) for r in probe.ranges]
-    texts = (shot.prompt, probe.injected)
+    text = _build_branch(probe, "text", measured, ranges)
     return BlockMap(
         job=probe.job,
         shot=shot.id,
@@ -215,11 +236,7 @@ def build_map(
         ),
         loras=[use.path.name for use in shot.loras],
         method=probe.method,
-        prompts=[
-            block_map.PromptPair(
-                main=texts[0].tokens.text, injected=texts[1].tokens.text, ids=[text.id for text in texts]
-            )
-        ],
+        prompts=[block_map.PromptPair(main=text.main, injected=text.injected, ids=text.ids)] if text else [],
         size=f"{shot.width}x{shot.height}",
         frames=shot.frames,
         seed=shot.seed,
@@ -227,12 +244,43 @@ def build_map(
             block_map.NoiseLevel(step=step, sigma=shot.sigma_schedule.sigmas[step]) for step in probe.levels
         ],
         unit=UNITS[probe.method],
-        values=rows,
+        values=text.values if text else [],
         ranges=ranges,
-        total=total,
-        suggestion=block_map.suggest_blocks(total, ranges),
+        total=text.total if text else [],
+        suggestion=text.suggestion if text else "",
         seconds=round(seconds, 3),
         forwards=round(forwards, 2),
         versions=versions(),
         created=datetime.now(UTC).isoformat(timespec="seconds"),
+        hits=text.hits if text else None,
+        image=_build_branch(probe, "image", measured, ranges),
+    )
+
+
+def _build_branch(
+    probe: ProbeRequest,
+    attended: Attended,
+    measured: Mapping[Attended, Measured],
+    ranges: list[list[int]] | None,
+) -> MeasuredBranch | None:
+    """Build a branch of the map; None if the shot injects nothing into it."""
+    shot = probe.shot
+    subject = next((subject for subject in probe.subjects if subject.attended == attended), None)
+    if subject is None:
+        return None
+    if isinstance(subject.injected, InjectedPicture):
+        given = shot.pictures.frames if shot.pictures else ()
+        main, injected = ", ".join(frame.source.name for frame in given), subject.injected.source.name
+        main_id = shot.clip_id or ""
+    else:
+        main, injected, main_id = shot.prompt.tokens.text, subject.injected.tokens.text, shot.prompt.id
+    found = measured[attended]
+    return MeasuredBranch(
+        main=main,
+        injected=injected,
+        ids=[main_id, subject.injected.id],
+        values=found.values,
+        total=found.total,
+        suggestion=block_map.suggest_blocks(found.total, ranges),
+        hits=found.hits,
     )

@@ -1,4 +1,5 @@
-"""Measure how much each block's text changes the velocity, by forwards that differ in what some blocks read.
+"""Measure how much each block's text or picture changes the velocity, by forwards that differ in what some
+blocks read.
 
 Letters of shapes: B batch (1), C latent channels, T Y X the latent grid, L video tokens, D model width.
 
@@ -9,8 +10,9 @@ derivatives by the strength of all blocks take one forward and one backward pass
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
+from typing import overload
 
 import torch
 from torch import Tensor
@@ -32,6 +34,34 @@ class ProbePoint:
     plain: Sequence[Mix]
     injected: Sequence[Mix]
     given: GivenFrames = NO_FRAMES
+
+
+class ProbedRow(Sequence[Mix]):
+    """What the blocks of one forward read: `changed` in the probed blocks, else `plain`. Counts the reads of
+    `changed`.
+    """
+
+    def __init__(self, plain: Sequence[Mix], changed: Sequence[Mix], blocks: Collection[int]) -> None:
+        self._mixes = [changed[b] if b in blocks else mix for b, mix in enumerate(plain)]
+        self._blocks = blocks
+        self.hits = 0
+
+    def __len__(self) -> int:
+        return len(self._mixes)
+
+    def __iter__(self) -> Iterator[Mix]:
+        """Iterate without counting: no block reads."""
+        return iter(self._mixes)
+
+    @overload
+    def __getitem__(self, block: int) -> Mix: ...
+    @overload
+    def __getitem__(self, block: slice) -> Sequence[Mix]: ...
+    def __getitem__(self, block: int | slice) -> Mix | Sequence[Mix]:
+        if isinstance(block, slice):
+            raise TypeError("blocks read their contexts one by one")
+        self.hits += block in self._blocks
+        return self._mixes[block]
 
 
 def predict_velocities(

@@ -1,5 +1,5 @@
 """`wancli probe` by velocities: denoise a shot without its injections, and at some noise levels change the
-text that each block reads.
+text or the picture that each block reads.
 
 Letters of shapes: C latent channels, T Y X the latent grid, L video tokens.
 """
@@ -9,7 +9,8 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Generator, Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
@@ -22,7 +23,7 @@ from wancli.errors import NotFinite
 from wancli.injection.block_map import BlockMap
 from wancli.injection.contexts import ContextCache, TokenAreas
 from wancli.injection.effects import relative_change
-from wancli.injection.table import Text, apply_rule
+from wancli.injection.table import apply_rule
 from wancli.models.dit import WanModel
 from wancli.models.dit_layers import Mix
 from wancli.models.given_frames import NO_FRAMES, GivenFrames
@@ -30,14 +31,24 @@ from wancli.models.text_context import Context
 from wancli.plan import backends
 from wancli.plan.shot import Shot
 from wancli.probe import request, sensitivity
-from wancli.probe.request import ProbeRequest
-from wancli.probe.sensitivity import ProbePoint
+from wancli.probe.request import Measured, ProbeRequest
+from wancli.probe.sensitivity import ProbedRow, ProbePoint
 from wancli.progress import Phase
 from wancli.resources.measure import oom_as_error
 from wancli.sampling import denoise
 from wancli.sampling.solvers import State
 from wancli.sampling.stages import Stage
 from wancli.text.encoder import Encoded
+
+Points: TypeAlias = Sequence[ProbePoint]  # one for each subject of the probe
+
+
+@dataclass(frozen=True)
+class LevelValues:
+    """The value of each range at one level, and how many blocks read what was injected."""
+
+    values: list[float]
+    hits: int
 
 
 def measure(probe: ProbeRequest, context: RenderContext) -> BlockMap:
@@ -49,17 +60,17 @@ def measure(probe: ProbeRequest, context: RenderContext) -> BlockMap:
     backends.check_backends(shot.model)
     check_weights(shot.model.checkpoint)
     store = context.store
-    all_cached = all(text.file or (store and store.has(text.id)) for text in probe.texts)
+    all_cached = all(text.file or (store and store.has(text.id)) for text in probe.encoded_shot.prompts)
     forwards_per_pass = request.max_forwards_per_pass(probe, encoded=all_cached)
     with oom_as_error("encode", f"shot {shot.id}"):
-        encoded, _ = encode_prompts(shot.model, probe.texts, context)
+        encoded, _ = encode_prompts(shot.model, probe.encoded_shot.prompts, context)
     networks = Networks(shot.model)
-    frames, errors, _ = encode_frames([shot], networks, context)
+    frames, errors, _ = encode_frames([probe.encoded_shot], networks, context)
     if failed := errors.get(shot.index):
         assert failed.error
         raise failed.error
     given, clip_NE = _to_device(shot, frames[shot.index]) if shot.pictures else (NO_FRAMES, {})
-    rows: list[list[float]] = []
+    levels: list[list[LevelValues]] = []
     seconds, passes = 0.0, _blocks_per_level(probe)
     sampling = shot.forwards_per_step * depth
     total = probe.levels[-1] * sampling + len(probe.levels) * passes
@@ -70,24 +81,33 @@ def measure(probe: ProbeRequest, context: RenderContext) -> BlockMap:
         without_gradients,
         context.progress.phase("probe", [shot.id], total) as bar,
     ):
-        for step, point in _trace(probe, networks, encoded, given, clip_NE, forwards_per_pass):
+        for step, points in _trace(probe, networks, encoded, given, clip_NE, forwards_per_pass):
             if context.stop.requested:
                 raise context.stop.error("no map was written")
-            if point is None:
+            if points is None:
                 bar.advance(sampling, f"sampling step {step}")
                 continue
             began = time.monotonic()
-            rows.append(_measure_level(probe, point, step, forwards_per_pass, bar, context))
+            levels.append(_measure_level(probe, points, step, forwards_per_pass, bar, context))
             seconds += time.monotonic() - began
+    measured = {
+        subject.attended: _join_levels(of_subject)
+        for subject, of_subject in zip(probe.subjects, zip(*levels), strict=True)
+    }
+    return request.build_map(probe, measured, seconds, len(levels) * passes / depth)
+
+
+def _join_levels(levels: Sequence[LevelValues]) -> Measured:
+    rows = [level.values for level in levels]
     mean = [sum(column) / len(rows) for column in zip(*rows)]
-    return request.build_map(probe, rows, mean, seconds, len(rows) * passes / depth)
+    return Measured(rows, mean, sum(level.hits for level in levels))
 
 
 def _blocks_per_level(probe: ProbeRequest) -> int:
     """Return how many blocks run for one level. A derivative runs each block twice, and backwards once."""
     if probe.method == "gradient":
-        return 3 * probe.depth
-    return probe.depth + sum(probe.depth - min(blocks) for blocks in probe.ranges)
+        return 3 * probe.depth * len(probe.subjects)
+    return probe.depth + len(probe.subjects) * sum(probe.depth - min(blocks) for blocks in probe.ranges)
 
 
 def _to_device(shot: Shot, encoded: EncodedFrames) -> tuple[GivenFrames, dict[str, Tensor]]:
@@ -104,8 +124,8 @@ def _trace(
     given: GivenFrames,
     clip_NE: Mapping[str, Tensor],
     forwards_per_pass: int,
-) -> Iterator[tuple[int, ProbePoint | None]]:
-    """Denoise the plain shot up to the last level. Yields (step, point) before a step that is a level, and
+) -> Iterator[tuple[int, Points | None]]:
+    """Denoise the plain shot up to the last level. Yields (step, points) before a step that is a level, and
     (step, None) after each step."""
     shot = probe.plain_shot
     state = State(denoise.draw_noise(shot.latent_shape, shot.seed, shot.noise)).to(shot.model.device)
@@ -124,7 +144,7 @@ def _trace_stage(
     given: GivenFrames,
     clip_NE: Mapping[str, Tensor],
     forwards_per_pass: int,
-) -> Generator[tuple[int, ProbePoint | None], None, State]:
+) -> Generator[tuple[int, Points | None], None, State]:
     """Denoise the steps of one network. Keeps no reference to it afterwards, so that the next one fits."""
     shot, last = probe.plain_shot, probe.levels[-1]
     loras = networks.loras(shot.loras)
@@ -135,7 +155,7 @@ def _trace_stage(
         if networks.patches.apply_step(loras, step, stage.expert):
             contexts.clear()
         if step in probe.levels:
-            yield step, _probe_point(probe, model, contexts, state, step, given)
+            yield step, _probe_points(probe, model, contexts, state, step, given)
         if step < last:
             single_step = replace(stage, steps=range(step, step + 1))
             run = denoise.DenoiseRun(
@@ -147,74 +167,84 @@ def _trace_stage(
     return state
 
 
-def _probe_point(
+def _probe_points(
     probe: ProbeRequest,
     model: WanModel,
     contexts: ContextCache,
     state: State,
     step: int,
     given: GivenFrames,
-) -> ProbePoint:
-    base, cell = Text(probe.shot.prompt.id), probe.shot.table.base_cell("cond")
-    areas, cells = TokenAreas.of_latent(state.x), (cell, apply_rule(probe.rule, cell, base, 1.0))
-    plain, injected = ([contexts.mix(one, areas)] * probe.depth for one in cells)
-    x_CTYX, t = given.put_into(state.x), probe.shot.sigma_schedule.timesteps[step]
-    return ProbePoint(model, x_CTYX[None], t, plain, injected, given)
+) -> Points:
+    """Return the point of each subject. They differ in what is injected."""
+    table, areas = probe.shot.table, TokenAreas.of_latent(state.x)
+    x_1CTYX, t = given.put_into(state.x)[None], probe.shot.sigma_schedule.timesteps[step]
+    cell = table.base_cell("cond")
+    plain = [contexts.mix(cell, areas)] * probe.depth
+    points = []
+    for subject in probe.subjects:
+        base = table.image if subject.rule.image else table.base["cond"]
+        assert base is not None
+        injected = [contexts.mix(apply_rule(subject.rule, cell, base, 1.0), areas)] * probe.depth
+        points.append(ProbePoint(model, x_1CTYX, t, plain, injected, given))
+    return points
 
 
 def _measure_level(
     probe: ProbeRequest,
-    point: ProbePoint,
+    points: Points,
     step: int,
     forwards_per_pass: int,
     bar: Phase,
     context: RenderContext,
-) -> list[float]:
-    """Measure the value of each range at one level. Raises NotFinite."""
+) -> list[LevelValues]:
+    """Measure the value of each range at one level, of each subject. Raises NotFinite."""
     note = f"at step {step}"
     if probe.method == "gradient":
-        values = _estimate_changes(probe, point, step, bar, note, context)
+        found = [_estimate_changes(probe, point, step, bar, note, context) for point in points]
     else:
-        values = _measure_changes(probe, point, forwards_per_pass, bar, note, context)
-    if not all(map(math.isfinite, values)):
+        found = _measure_changes(probe, points, forwards_per_pass, bar, note, context)
+    if not all(math.isfinite(value) for level in found for value in level.values):
         raise NotFinite(f"NaN or Inf at step {step}, cond branch", where=f"shot {probe.shot.id}")
-    return values
+    return found
 
 
 def _measure_changes(
     probe: ProbeRequest,
-    point: ProbePoint,
+    points: Points,
     forwards_per_pass: int,
     bar: Phase,
     note: str,
     context: RenderContext,
-) -> list[float]:
-    """Measure ‖v' - v‖ / ‖v‖ for each range, v' with the injected prompt in the range, or with no text."""
-    pictures = [
-        tuple(
-            (context, weight)
-            for context, weight in mix
-            if isinstance(context, Context) and context.of == "image"
-        )
-        for mix in point.plain
-    ]
-    other: Sequence[Mix] = point.injected if probe.method == "inject" else pictures
-    rows = [
-        [other[b] if b in blocks else point.plain[b] for b in range(probe.depth)] for blocks in probe.ranges
-    ]
-    passes = [probe.depth - min(blocks) for blocks in probe.ranges] + [probe.depth]
+) -> list[LevelValues]:
+    """Measure ‖v' - v‖ / ‖v‖ for each range and subject, v' with the injected prompt or picture in the range,
+    or without the prompt or the pictures of the shot.
+    """
+    rows: list[ProbedRow] = []
+    for subject, point in zip(probe.subjects, points, strict=True):
+        kept = [
+            tuple(part for part in mix if isinstance(part[0], Context) and part[0].of != subject.attended)
+            for mix in point.plain
+        ]
+        other: Sequence[Mix] = point.injected if probe.method == "inject" else kept
+        rows += [ProbedRow(point.plain, other, blocks) for blocks in probe.ranges]
+    passes = [probe.depth - min(blocks) for blocks in probe.ranges] * len(points) + [probe.depth]
     velocities: dict[int, Tensor] = {}
-    for index, v_1CTYX in sensitivity.predict_velocities(point, rows, forwards_per_pass):
+    for index, v_1CTYX in sensitivity.predict_velocities(points[0], rows, forwards_per_pass):
         velocities[index] = v_1CTYX
         bar.advance(passes[index], note)
         if context.stop.requested:
             raise context.stop.error("no map was written")
-    return [relative_change(velocities[index], velocities[len(rows)]) for index in range(len(rows))]
+    changes = [relative_change(velocities[index], velocities[len(rows)]) for index in range(len(rows))]
+    width = len(probe.ranges)
+    return [
+        LevelValues(changes[start : start + width], sum(row.hits for row in rows[start : start + width]))
+        for start in range(0, len(rows), width)
+    ]
 
 
 def _estimate_changes(
     probe: ProbeRequest, point: ProbePoint, step: int, bar: Phase, note: str, context: RenderContext
-) -> list[float]:
+) -> LevelValues:
     """Estimate the first-order change for each range from one random projection; see `estimate_change`."""
     generator = torch.Generator().manual_seed(probe.shot.seed + step)
     toward_1CTYX = torch.randn(point.x_1CTYX.shape, generator=generator).to(point.x_1CTYX.device)
@@ -224,5 +254,7 @@ def _estimate_changes(
         bar.advance(probe.depth if block == probe.depth else 2, note)
         if context.stop.requested:
             raise context.stop.error("no map was written")
+    v_1CTYX = derivatives.pop(probe.depth)
     by_range = [torch.stack([derivatives[block] for block in blocks]).sum(0) for blocks in probe.ranges]
-    return [sensitivity.estimate_change(by_s_L, derivatives[probe.depth]) for by_s_L in by_range]
+    values = [sensitivity.estimate_change(by_s_L, v_1CTYX) for by_s_L in by_range]
+    return LevelValues(values, len(derivatives))

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from wancli.injection.block_map import BlockMap, format_blocks, rank
-from wancli.report.terminal import draw_bar, draw_ruler
+from wancli.injection.block_map import BlockMap, MeasuredBranch, format_blocks, rank
+from wancli.report.terminal import draw_bar, draw_ruler, truncate
 from wancli.units import format_seconds, pluralize
 
 STRONGEST = 8
@@ -18,21 +18,30 @@ def format_map(found: BlockMap) -> Iterator[str]:
     where = f" at {pluralize(levels, 'noise level')}" if levels else ""
     yield f"{found.method} map of shot {found.shot}: {places}{where}"
     yield f"{found.unit}; {found.forwards:g} forwards in {format_seconds(found.seconds)}"
+    for attended, branch in found.branches.items():
+        if found.image:
+            hits = "" if branch.hits is None else f": {pluralize(branch.hits, 'hit')}"
+            yield f"\n{attended} branch, {truncate(branch.injected, 44)}{hits}"
+        yield from _format_branch(found, branch)
+
+
+def _format_branch(found: BlockMap, branch: MeasuredBranch) -> Iterator[str]:
+    levels = len(found.levels)
     yield f"\n{'block':>18}  {draw_ruler(found.model.blocks)}"
-    for level, values in zip(found.levels, found.values):
+    for level, values in zip(found.levels, branch.values):
         yield f"{f'step {level.step} sigma {level.sigma:.2f}':>18}  {_draw_strip(found, values)}"
     if levels != 1:
-        yield f"{'mean' if levels else 'all steps':>18}  {_draw_strip(found, found.total)}"
+        yield f"{'mean' if levels else 'all steps':>18}  {_draw_strip(found, branch.total)}"
     yield ""
     line = "strongest:"
-    for place in rank(found.total)[:STRONGEST]:
-        part = f"  {_range_label(found, place)} {_format_value(found, found.total[place])}"
+    for place in rank(branch.total)[:STRONGEST]:
+        part = f"  {_range_label(found, place)} {_format_value(found, branch.total[place])}"
         if len(line) + len(part) > 80:
             yield line
             line = " " * len("strongest:")
         line += part
     yield line
-    yield f"suggestion: blocks: {found.suggestion}"
+    yield f"suggestion: blocks: {branch.suggestion}"
 
 
 def _draw_strip(found: BlockMap, values: Sequence[float]) -> str:

@@ -11,6 +11,7 @@ from typing import Any
 from urllib.parse import quote
 
 from wancli.injection.area import Area, Mask, TokenGrid
+from wancli.injection.block_map import BlockMap
 from wancli.injection.table import Branch, Row, Rule, Table, injected_share_by_block
 from wancli.models.config import WanConfig
 from wancli.report.batch_report import Report
@@ -84,7 +85,7 @@ def page_document(
         "shots": shots,
         "models": models,
         **{name: pool.values for name, pool in pools.items()},
-        "maps": [_round_numbers(block_map.as_dict()) for block_map in inputs.maps],
+        "maps": [entry for found in inputs.maps for entry in _map_entries(found)],
         "jobs": [_job_entry(report) for report in inputs.reports],
         "problems": inputs.problems,
         "claims": _read_claims(),
@@ -132,6 +133,19 @@ def _injects(entry: ShotEntry) -> bool:
 
 def _comparison(inputs: ReportInputs, entry: ShotEntry) -> Any:
     return _round_numbers(inputs.comparisons.get(absolute_path(Path(entry.output))))
+
+
+def _map_entries(found: BlockMap) -> list[dict[str, Any]]:
+    """Describe a map for a page, each branch of it as a map of its own."""
+    shared = _omit(found.as_dict(), "prompts", "image")
+    return [
+        _round_numbers(
+            shared
+            | branch.model_dump()
+            | {"attended": attended, "prompts": [{"main": branch.main, "injected": branch.injected}]}
+        )
+        for attended, branch in found.branches.items()
+    ]
 
 
 def _read_claims() -> list[dict[str, Any]]:

@@ -75,14 +75,14 @@ function mapOf(maps) {
         values: total.length ? [...map.values, map.total] : map.values,
         rows,
         columns: names,
-        title: `Block map by ${map.method}: a row per noise level, a column per block`,
+        title: `Block map by ${map.method}${map.attended === 'image' ? ' of pictures' : ''}: a row per noise level, a column per block`,
         name: (level, block) => `${rows[level]}, ${map.ranges ? 'blocks' : 'block'} ${names[block]}`,
         unit: figure,
       }),
       facts([
         ['suggestion', h('code', {}, `blocks: ${map.suggestion}`)],
         ['unit', map.unit],
-        ['prompts', map.prompts.map((pair) => `${pair.main} ⇐ ${pair.injected}`).join(' · ')],
+        [map.attended === 'image' ? 'pictures' : 'prompts', map.prompts.map((pair) => `${pair.main} ⇐ ${pair.injected}`).join(' · ')],
         ['measured', `${map.size}, ${pluralize(map.frames, 'frame')}, seed ${map.seed}, ${figure(map.forwards)} forwards, ${duration(map.seconds)}`],
         ['model', map.model.root],
       ]));

@@ -439,27 +439,6 @@ def test_plan_and_cache_name_pictures(
     assert not any("damaged" in text for text in texts)
 
 
-def test_a_picture_that_changes_between_plan_and_render_fails_its_shot(
-    render: Render, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    mine = tmp_path / "mine.png"
-    shutil.copy(PICTURE, mine)
-    real = picture_stage.encode_frames
-
-    def changed(*arguments: Any, **options: Any) -> Any:
-        Image.fromarray(np.zeros((111, 157, 3), np.uint8)).save(mine)
-        return real(*arguments, **options)
-
-    monkeypatch.setattr("wancli.engine.pipeline.encode_frames", changed)
-    said = render(
-        image=str(mine), items=[{"id": "a"}, {"id": "b", "image": str(PICTURE)}], output="out/{id}.mp4"
-    )
-    assert said.code == 4, said.err
-    assert "mine.png: the picture has changed since it was planned" in said.err
-    assert manifest_of(tmp_path, "b")["pictures"]
-    assert not (tmp_path / "out/a.mp4").exists()
-
-
 def test_another_picture_is_named_as_the_difference_of_an_output(render: Render, tmp_path: Path) -> None:
     assert render().code == 0
     said = render(image={"first": str(PICTURE), "preprocess": "comfy"})

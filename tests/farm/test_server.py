@@ -19,6 +19,7 @@ from typing import Any
 import pytest
 from forked import WANCLI, Forked, start
 from forked import run as wancli
+from image_cases import LAST, PICTURE, assemble
 from jobs import TRANSFORMER, change_tensors, files_in, manifest_of, shell_exit_code, tiny_job, write_job
 
 from wancli import signals
@@ -161,6 +162,27 @@ def test_results_messages_and_exit_codes_are_those_of_a_render_without_a_server(
     assert said["alone"][0] == code, said
     if code == 0:
         assert video(tmp_path / "served/here") == video(tmp_path / "alone/here")
+
+
+def test_pictures_are_read_from_the_folder_of_a_job_and_anew_for_each_render(
+    server_path: Path, warm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WANCLI_CACHE", str(warm))
+    model = assemble("wan21-i2v-tiny", tmp_path / "model")
+    changes = {"image": "cat.png", "inject": [{"image": "dog.png"}], "size": {"area": 2048}, "frames": 5}
+    job = tiny_job(model, **changes, sampler={"steps": 1, "guidance": 1})
+    for name, options in {"alone": [], "served": ["--socket", server_path]}.items():
+        path = write_job(tmp_path / name, job)
+        shutil.copy(PICTURE, tmp_path / name / "cat.png")
+        shutil.copy(LAST, tmp_path / name / "dog.png")
+        done = wancli("render", path, "-q", *options, cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+    assert video(tmp_path / "served") == video(tmp_path / "alone")
+    keys = [manifest_of(tmp_path / name)["key"] for name in ("alone", "served")]
+    assert keys[0] == keys[1]
+    shutil.copy(LAST, tmp_path / "served" / "cat.png")
+    done = wancli("render", path, "-q", "--socket", server_path)
+    assert (done.returncode, "made with another image" in done.stderr) == (2, True)
 
 
 def test_a_shot_that_fails_fails_there_too_and_the_next_one_is_sound(

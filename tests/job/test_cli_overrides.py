@@ -46,6 +46,17 @@ def test_a_value_is_read_as_yaml(text: str, read: Any) -> None:
     assert read(item.job)
 
 
+def test_a_key_beside_a_short_form_keeps_what_the_text_says_and_where_it_starts_from() -> None:
+    (item,) = items(sets=("image=cat.png", "image.fit=pad", "model=wan", "model.variant=Wan2.2-I2V-A14B"))
+    assert (item.job.image_options.first, item.job.image_options.fit) == ("cat.png", "pad")
+    assert (item.job.model.transformer, item.job.model.variant) == ("wan", "Wan2.2-I2V-A14B")
+    overrides = CliOverrides(sets=("image.fit=pad",))
+    (item,) = parse(JOB + b"image: cat.png\n", "job.yaml", "job", Path("/jobs"), overrides).items
+    assert item.job.image_options.first == "cat.png"
+    assert item.base_dir("image", "first") == Path("/jobs")
+    assert item.location("image", "fit") == "--set image.fit"
+
+
 @pytest.mark.parametrize(
     "text",
     [

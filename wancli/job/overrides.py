@@ -79,6 +79,10 @@ class Sources:
         return self.owner(path).location()
 
 
+# Keys at which a text is short for a mapping with one key. `--set` may add others to it.
+_SHORT_FORMS = {("image",): "first", ("model",): "transformer"}
+
+
 @dataclass(frozen=True)
 class Merged:
     """The merged keys of all layers so far, and their sources. Nothing is changed in place."""
@@ -146,6 +150,8 @@ def _assign(
     if not path:
         return _put(base, layer.value, done, layer.source, entries)
     head, *rest = path
+    if isinstance(base, str) and done in _SHORT_FORMS:
+        base = {_SHORT_FORMS[done]: base}
     if isinstance(base, list):
         if not head.isdecimal() or int(head) >= len(base):
             raise LookupError(

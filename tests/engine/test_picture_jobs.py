@@ -78,20 +78,20 @@ def test_a_flag_sets_the_picture_or_a_key_beside_it(
 ) -> None:
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path / "elsewhere")
-    square = {"image": "night/cat.png", "size": "32x32"}
+    tall = {"image": "night/cat.png", "size": "32x64"}
     for id, flag, path, fit in (
         ("a", "image=../noon/cat.png", "noon/cat.png", "crop"),
         ("b", "image.first=../noon/cat.png", "noon/cat.png", "crop"),
         ("c", "image.fit=pad", "night/cat.png", "pad"),
         ("d", "image={first: ../noon/dog.png, fit: stretch}", "noon/dog.png", "stretch"),
     ):
-        said = render("--set", flag, id=id, **square)
+        said = render("--set", flag, id=id, **tall)
         assert said.code == 0, said.err
         found = picture_of(tmp_path, f"{Path(path).stem}-{id}")
         assert (found["path"], found["fit"]) == (str(tmp_path / path), fit)
     keys = [manifest_of(tmp_path, name)["key"] for name in ("cat-a", "cat-b")]
     assert keys[0] == keys[1]
-    said = render("--set", "image.last=../noon/cat.png", **square)
+    said = render("--set", "image.last=../noon/cat.png", **tall)
     assert (said.code, "--set image.last: Wan2.1-I2V-480P takes no last frame" in said.err) == (2, True)
 
 

@@ -92,6 +92,7 @@ const rulesOf = (shot) => (shot.injection ?? []).map((use) => ({ ...use, ...data
 const hasManifest = (shot) => shot.model !== undefined;
 // The block maps of a shot's network, and the index of a block in a map: alone, or as part of a range.
 const mapsOf = (shot) => data.maps.filter((map) => map.model.sha256 === modelOf(shot).sha256?.transformer);
-const mapName = (map) => `${data.maps.length > 1 ? `${map.job}, ${map.shot}: ` : ''}${map.method}${map.attended === 'image' ? ' of pictures' : ''}`;
+const methodOf = (map) => (map.attended === 'image' ? `${map.method} of pictures` : map.method);
+const mapName = (map) => (data.maps.length > 1 ? `${map.job}, ${map.shot}: ${methodOf(map)}` : methodOf(map));
 const indexIn = (map, block) => (map.ranges ? map.ranges.findIndex((range) => range.includes(block)) : block);
 const noManifest = (shot) => muted(`This shot has no manifest: ${shot.status}.`, shot.error ? ` ${shot.error.message}` : '');

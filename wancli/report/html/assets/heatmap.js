@@ -75,7 +75,7 @@ function mapOf(maps) {
         values: total.length ? [...map.values, map.total] : map.values,
         rows,
         columns: names,
-        title: `Block map by ${map.method}${map.attended === 'image' ? ' of pictures' : ''}: a row per noise level, a column per block`,
+        title: `Block map by ${methodOf(map)}: a row per noise level, a column per block`,
         name: (level, block) => `${rows[level]}, ${map.ranges ? 'blocks' : 'block'} ${names[block]}`,
         unit: figure,
       }),

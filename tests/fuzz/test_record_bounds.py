@@ -41,6 +41,8 @@ ACCEPTED_NUMBERS = {
     "ComparedShot.latent_distance": FREE,
     "ComparedShot.motion": FREE,
     "ComparedShot.psnr": FREE,
+    "ComparedShot.psnr_inside": FREE,
+    "ComparedShot.psnr_outside": FREE,
     "ComparedShot.ssim": FREE,
     "EffectRecord.blocks.values": LARGE,
     "EffectRecord.changed_percent.values": LARGE,

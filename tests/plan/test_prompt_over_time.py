@@ -217,3 +217,14 @@ def test_shots_with_equal_lists_share_their_steps_and_others_none(
 def test_attention_maps_need_one_prompt(problem: Callable[..., str]) -> None:
     found = problem([CAT, DOG], attention={"words": ["cat"]})
     assert found.endswith("attention: is of one prompt, and that of the shot changes over the frames")
+
+
+@pytest.mark.parametrize(("border", "named"), [(13, ["0-12"]), (25, ["25-40"]), (20, []), (17, [])])
+def test_a_warning_names_the_segments_that_are_too_short_for_a_relay(
+    tmp_path: Path, shallow: Path, warm: Path, border: int, named: list[str]
+) -> None:
+    """Those of four latent frames or fewer: 13 frames at the beginning, 16 elsewhere."""
+    segments = [{"text": CAT, "frames": f"0-{border - 1}"}, {"text": DOG, "frames": f"{border}-end"}]
+    job = tiny_job(shallow, frames=41, prompt={"segments": segments, "blend": "relay"})
+    warnings = build_plan(load(write_job(tmp_path, job)), warm / "hashes.json").warnings
+    assert [line.partition("that of ")[2].partition(" hardly")[0] for line in warnings] == named

@@ -194,6 +194,11 @@ def test_full_renders_are_scored_in_pixels_and_not_rendered_twice(
         (["--ranges", "0-9"], {}, "--ranges: 9 is past the last block (3)"),
         (["-o", "/"], {}, "/: a folder has the name of an output"),
         (
+            [],
+            {"prompt": [CAT, FISH], "frames": 5},
+            "job: the prompt of shot 0000 changes over the frames; a probe measures one prompt",
+        ),
+        (
             ["--method", "gradient"],
             {"memory": {"residency": "streamed"}},
             "--method: gradient is not available with streamed weights",

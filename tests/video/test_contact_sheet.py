@@ -51,12 +51,12 @@ def test_the_lines_above_a_video_name_the_pictures_that_it_was_made_from(tmp_pat
     first = PictureRecord.model_validate(shared | {"role": "first", "path": "/photos/cat.png"})
     last = first.model_copy(update={"role": "last", "link": LinkRecord(shot="a", frame=4)})
     body: Any = SimpleNamespace(
-        prompt=SimpleNamespace(text="It yawns"), pictures=[first, last], injection=[], injected=[]
+        prompt_text="It yawns | It sleeps", pictures=[first, last], injection=[], injected=[]
     )
     info = clips.read_clips([clip(tmp_path / "one.mp4", [(1, 2, 3)])])[0].info
     made = clips.Clip(tmp_path / "one.mp4", "one", body, info)
     assert [*contact_sheet._caption_lines(made, "note")] == [
-        "one: It yawns", "  from cat.png and frame 4 of shot a", "  note",
+        "one: It yawns | It sleeps", "  from cat.png and frame 4 of shot a", "  note",
     ]  # fmt: skip
 
 

@@ -145,6 +145,20 @@ def test_the_share_of_injection_is_that_of_the_plan(out: Path) -> None:
     }
 
 
+def test_the_page_has_the_areas_of_rules(out: Path) -> None:
+    entry = pages.entries(out)
+    area = {
+        "frames": [0, 0],
+        "region": [0, 0, 0.5, 1],
+        "mask": {"path": "/m/hand.png", "sha256": "1"},
+        "tokens": 8,
+    }
+    injection = [entry["injection"][0] | {"area": area}, *entry["injection"][1:]]
+    inputs = ReportInputs("job", [("job", pages.typed(entry | {"injection": injection}))])
+    (shot,) = page_data.page_document(inputs, out / "report.html", {})["shots"]
+    assert shot["injection"][0]["area"] == area | {"mask": "hand.png"}
+
+
 # ---- facts of models ----
 
 

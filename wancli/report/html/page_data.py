@@ -232,7 +232,12 @@ def _injection_entry(rule: RuleRecord, pools: Mapping[str, _Pool]) -> dict[str, 
         if rule.difference
         else None,
         "picture": Path(rule.picture.path).name if rule.picture else None,
+        **({"area": _area_entry(rule.area)} if rule.area else {}),
     }
+
+
+def _area_entry(area: AreaRecord) -> dict[str, Any]:
+    return _omit(area.as_dict(), "mask") | ({"mask": Path(area.mask.path).name} if area.mask else {})
 
 
 def injected_shares(record: ShotRecord) -> list[dict[str, Any]]:

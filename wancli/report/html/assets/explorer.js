@@ -117,6 +117,7 @@ function blockDetail(shot, block) {
         ['the block', count(sum('weights')), size(sum('bytes')), flop(all), '100 %', { num: true, value: `${size(Math.max(...parts.map((part) => part.held)))} at once` }]], { id: 'parts' }),
     muted(`For ${count(shot.tokens)} video tokens and ${rows} text rows. Keys and values of the text are computed once per prompt: ${flop(rows * model.parts.reduce((total, part) => total + part.flops.text, 0))}, ${size(2 * rows * model.sizes.dim * element)} kept in each block.`),
     injectionOverSteps(shot, block),
+    areasOfRules(shot, block),
   ].filter(Boolean);
 }
 
@@ -167,6 +168,45 @@ function injectionOverSteps(shot, block) {
           const value = effect(branch, step);
           return cell(value, most, '--heat', value === null ? '–' : figure(Math.round(100 * value)));
         })))))));
+}
+
+// The rules of a block that act in a part of the video: their latent frames, and their region over the poster.
+function areasOfRules(shot, block) {
+  const rules = rulesOf(shot).map((rule, i) => ({ ...rule, name: `inject.${i}` })).filter((rule) => rule.area && rule.blocks[block]);
+  if (!rules.length) return null;
+  const latent = Array.from({ length: (shot.frames - 1) / 4 + 1 }, (_, t) => (t === 0 ? [0, 0] : [4 * t - 3, 4 * t]));
+  const inside = ([first, last], [from, to]) => Math.max(0, Math.min(to, last) - Math.max(from, first) + 1) / (last - first + 1);
+  return h('div', { id: 'areas' },
+    h('h3', {}, 'Injection over the frames'),
+    h('div', { class: 'scroll', tabindex: 0, role: 'region', 'aria-label': `Injection into block ${block} over the frames` }, h('table', { class: 'steps' },
+      h('tbody', {},
+        h('tr', {}, h('th', { scope: 'row' }, 'frames'), latent.map(([first, last]) => h('th', { scope: 'col' }, first === last ? first : `${first}-${last}`))),
+        rules.map((rule) => h('tr', {}, h('th', { scope: 'row' }, rule.name), latent.map((frames) => {
+          const value = rule.area.frames ? inside(frames, rule.area.frames) : 1;
+          return h('td', value ? { style: { background: tint(value, '--accent') } } : {}, value === 0 ? '·' : figure(value));
+        })))))),
+    rules.map((rule) => h('p', {}, `${rule.name}: ${describeArea(rule.area)}: ${count(rule.area.tokens)} of ${count(shot.tokens)} tokens`)),
+    rules.filter((rule) => rule.area.region).map((rule) => regionOverFrame(shot, rule.area)));
+}
+
+function describeArea(area) {
+  return [
+    area.frames && `frames ${area.frames[0]}-${area.frames[1]}`,
+    area.region && `region [${area.region.join(', ')}]`,
+    area.mask && `mask ${area.mask}`,
+    area.feather && `feather ${area.feather}`,
+  ].filter(Boolean).join(', ');
+}
+
+function regionOverFrame(shot, area) {
+  const [left, top, right, bottom] = area.region;
+  const width = 192;
+  const height = width * shot.height / shot.width;
+  return svg('svg', { width, height, viewBox: `0 0 ${width} ${height}`, role: 'img', 'aria-label': `region [${area.region.join(', ')}]` },
+    shot.poster ? svg('image', { href: shot.poster, width, height, preserveAspectRatio: 'none' })
+      : svg('rect', { width, height, fill: 'var(--line)' }),
+    svg('rect', { x: left * width, y: top * height, width: (right - left) * width, height: (bottom - top) * height,
+      fill: 'var(--accent)', 'fill-opacity': 0.25, stroke: 'var(--accent)', 'stroke-width': 2 }));
 }
 
 function claimsOf(shot, block) {

@@ -93,7 +93,7 @@ def test_these_are_all_commands_and_options_and_a_new_one_is_added_here_on_purpo
         "wancli errors --json",
         "wancli serve JOB --socket --idle --daemonize --wait-ready --stop --set --cache-dir",
         "wancli export",
-        "wancli export slurm JOB --shards --gpus --time --cpus --mem --margin",
+        "wancli export slurm JOB --shards --gpus --time --cpus --mem --partition --account --gres --margin",
         "wancli export openjd JOB --gpus --at-once --items",
         "wancli cache",
         "wancli cache ls --json --cache-dir",
@@ -151,6 +151,21 @@ def test_a_wrong_command_line_is_one_line_and_a_hint(say: Any, arguments: list[s
 def test_an_option_that_is_a_key_of_a_job_is_told_how_to_set(say: Any) -> None:
     result = say("render", "a.yaml", "--model", "DIR")
     assert result.err.splitlines()[1:] == ["  model is a key of a job: --set model=VALUE sets it."]
+
+
+@pytest.mark.parametrize(
+    ("option", "hint"),
+    [
+        ("--frames", "frames is a key of a job: --set frames=VALUE sets it."),
+        ("--seed", "seed is a key of a job: --set seed=VALUE sets it."),
+        ("--cfg", "In a job: sampler.guidance."),
+        ("--num-frames", "In a job: frames."),
+        ("--preview", "wancli shows no previews; fewer sampler.steps make a quick look."),
+    ],
+)
+def test_an_option_of_another_program_has_no_wrong_neighbours(say: Any, option: str, hint: str) -> None:
+    said = say("render", "a.yaml", option, "5")
+    assert said.err == f"wancli: No such option: {option}\n  {hint}\n"
 
 
 # ---- completion ----

@@ -6,6 +6,7 @@ import ast
 import importlib.util
 import re
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import yaml
@@ -13,8 +14,9 @@ from test_layers import ORDER
 
 from wancli.cli import app, run
 from wancli.errors import ExitStatus
+from wancli.job.foreign_words import explain_word
 from wancli.job.loader import load, parse
-from wancli.job.schema import InjectPicture, InjectPrompt, Job
+from wancli.job.schema import ImageOptions, InjectPicture, InjectPrompt, Job, Video
 from wancli.report.event_schema import build_event_schema
 
 ROOT = Path(__file__).parent.parent
@@ -53,6 +55,20 @@ def test_every_configured_job_is_planned(tmp_path: Path) -> None:
 def test_the_exit_codes_in_the_documents_are_those_of_the_program() -> None:
     table = re.findall(r"^\| (\d+) \|", (ROOT / "docs/machines.md").read_text(), re.MULTILINE)
     assert [int(code) for code in table] == [status.value for status in ExitStatus]
+
+
+def test_the_readme_says_what_wancli_does_not_do() -> None:
+    """A key that makes a sentence of the README wrong fails this test: change both."""
+    readme = (ROOT / "README.md").read_text()
+    section = readme.split("what wancli does not do\n")[1].split("\n## ")[0]
+    assert {*Video.model_fields} == {"fps", "crf", "codec", "keep_latents"}
+    codecs = get_args(Video.model_fields["codec"].annotation)
+    assert all(f"`{codec}`" in section for codec in codecs)
+    assert len(codecs) == 2
+    for word in ("sound", "previews", "10 bits", "ProRes", "PNG", "EXR", "VACE"):
+        assert word in section
+    keys = {*Job.model_fields, *Video.model_fields, *ImageOptions.model_fields}
+    assert not {key for key in keys if str(explain_word(key)).startswith("wancli")}
 
 
 def test_the_readme_is_short() -> None:

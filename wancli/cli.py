@@ -95,8 +95,7 @@ def run(arguments: list[str], model_cache: ModelCache | None = None, began: floa
     except WancliError as error:
         return report_error(error, arguments)
     except typer.TyperException as error:
-        usage = UsageError(error.format_message(), hint=_hint_at_options(error))
-        return _report_refusal(usage, arguments)
+        return _report_refusal(_describe_usage(error), arguments)
     except BrokenPipeError:
         return ExitStatus.SOME_FAILED
     except KeyboardInterrupt:  # while the last output waits for its reader
@@ -125,14 +124,20 @@ def _run_command(arguments: list[str], invocation: Invocation) -> int:
     return code
 
 
-def _hint_at_options(error: typer.TyperException) -> str:
+def _describe_usage(error: typer.TyperException) -> UsageError:
     """Say where options are listed or, for an option that is a key of a job, how the key is set."""
+    from wancli.job.foreign_words import explain_word
     from wancli.job.schema import Job
 
-    key = getattr(error, "option_name", "").lstrip("-")
+    option = getattr(error, "option_name", "")
+    key = option.lstrip("-")
     if key in Job.model_fields:
-        return f"{key} is a key of a job: --set {key}=VALUE sets it."
-    return "`wancli COMMAND --help` lists the options."
+        return UsageError(
+            f"No such option: {option}", hint=f"{key} is a key of a job: --set {key}=VALUE sets it."
+        )
+    if instead := explain_word(key):
+        return UsageError(f"No such option: {option}", hint=f"{instead.replace('write', 'In a job:', 1)}.")
+    return UsageError(error.format_message(), hint="`wancli COMMAND --help` lists the options.")
 
 
 def _log_traceback() -> str:

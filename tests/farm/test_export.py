@@ -59,6 +59,26 @@ def test_the_script_requests_the_given_resources(
         "requeue": "",
     }
     assert "#SBATCH --gres=gpu:1\n" in export(capsys, "slurm", job)
+    assert "# from 0, 2 shots each; " in text
+    assert "# from 0, 1 to 2 shots each; " in export(capsys, "slurm", job, "--shards", 3)
+    text = export(capsys, "slurm", job, "--partition", "gpu", "--account", "film", "--gres", "gpu:a100:1")
+    for line in ("--partition=gpu", "--account=film", "--gres=gpu:a100:1"):
+        assert f"#SBATCH {line}\n" in text
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--partition", "a b"], "--partition: 'a b' is not a name that Slurm reads"),
+        (["--account", "x\n#SBATCH --nodes=9"], "--account: "),
+        (["--gres", "gpu:2", "--gpus", 2], "--gres: says the same as --gpus; give one of them"),
+    ],
+)
+def test_what_slurm_would_misread_is_refused(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, options: list[object], message: str
+) -> None:
+    said = run_wancli(capsys, "export", "slurm", write_job(tmp_path, tiny_job()), *options)
+    assert (said.code, said.err.startswith(f"wancli: {message}")) == (2, True)
 
 
 def test_a_chain_is_one_task_of_slurm_and_refused_for_openjd(

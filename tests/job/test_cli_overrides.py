@@ -123,7 +123,7 @@ def test_the_last_set_of_a_key_wins_and_its_paths_start_from_the_current_folder(
         ({"sets": ("seed=010",)}, "--set seed:1: 010 has a leading zero"),
         ({"sets": ("seed=1e3",)}, "--set seed: expected a whole number, got 1000.0"),
         ({"sets": ("negative=no\udcff",)}, "--set negative: byte 2 is not UTF-8"),
-        ({"sets": ("labels.a=&a b",)}, "--set labels.a:1: anchors and aliases (& and *) are not supported"),
+        ({"sets": ("labels.a=&a b",)}, "--set labels.a:1: no alias *a uses the anchor &a"),
         ({"sets": ("sampler.step=5",)}, "--set sampler.step: unknown key; did you mean 'steps'?"),
         ({"sets": ("samplr.steps=5",)}, "--set samplr.steps: unknown key; did you mean 'sampler'?"),
         ({"sets": ("sampler={step: 5}",)}, "--set sampler.step: unknown key; did you mean 'steps'?"),

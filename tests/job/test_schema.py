@@ -69,12 +69,34 @@ def test_an_embedding_file_may_replace_a_prompt() -> None:
         ("modle: x", "modle: unknown key; did you mean 'model'?"),
         ("item: []", "item: unknown key; did you mean 'items'?"),
         ("foo: 1", f"foo: unknown key; known: {TOP}"),
-        ("<<: {seed: 1}", f"<<: unknown key; known: {TOP}"),
+        (
+            "<<: {seed: 1}",
+            "<<: unknown key; YAML 1.2 has no merge keys; write extends, or common keys above items",
+        ),
         ("1: x", f"1: unknown key; known: {TOP}"),
         ("'<text>': x", "<text>: unknown key; did you mean 'text'?"),
         ("null: x", f"null: unknown key; known: {TOP}"),
         ("sampler: {step: 5}", "sampler.step: unknown key; did you mean 'steps'?"),
-        ("sampler: {cfg: 5}", "sampler.cfg: unknown key; known: solver, steps, shift, guidance, boundary"),
+        ("sampler: {cfg: 5}", "sampler.cfg: unknown key; write sampler.guidance"),
+        ("scheduler: unipc", "scheduler: unknown key; write sampler.solver"),
+        ("num_frames: 81", "num_frames: unknown key; write frames"),
+        ("start_image: a.png", "start_image: unknown key; write image.first"),
+        ("fps: 24", "fps: unknown key; write video.fps"),
+        (
+            "video: {bits: 10}",
+            "video.bits: unknown key; wancli writes 8-bit 4:2:0 MP4 alone; "
+            "video.keep_latents: true keeps the latent for other programs",
+        ),
+        (
+            "video: {codec: prores}",
+            "video.codec: 'prores' is not one of 'h264', 'h265'; wancli writes 8-bit 4:2:0 MP4 alone; "
+            "video.keep_latents: true keeps the latent for other programs",
+        ),
+        (
+            "inject: [{prompt: x, strength: '0.5'}]",
+            "inject.0.strength: expected a number, got '0.5'; write 0.5 without quotes",
+        ),
+        ("seed: '7'", "seed: expected a whole number, got '7'; write 7 without quotes"),
         ("text: {truncat: true}", "text.truncat: unknown key; did you mean 'truncate'?"),
         ("video: {fsp: 8}", "video.fsp: unknown key; did you mean 'fps'?"),
         ("video: {fps: 0.5}", "video.fps: not between 1 and 240 frames a second, got 0.5"),
@@ -117,7 +139,7 @@ def test_an_embedding_file_may_replace_a_prompt() -> None:
         ("size: [832, 480]", "size: expected text, got a list"),
         ("frames: 5.0", "frames: expected a whole number, got 5.0"),
         ("frames: 1e1", "frames: expected a whole number, got 10.0"),
-        ("frames: '5'", "frames: expected a whole number, got '5'"),
+        ("frames: '5'", "frames: expected a whole number, got '5'; write 5 without quotes"),
         ("frames: no", "frames: expected a whole number, got 'no'"),
         ("frames: true", "frames: expected a whole number, got true"),
         ("frames: .nan", "frames: expected a whole number, got nan"),
@@ -196,7 +218,6 @@ def test_an_embedding_file_may_replace_a_prompt() -> None:
         ("batch: 1.5", "batch: expected a whole number, got 1.5"),
         ("noise: gpu", "noise: 'gpu' is not one of 'cpu', 'cuda'"),
         ("text: {max_tokens: 300}", "text.max_tokens: 300 is not one of 256, 512"),
-        ("video: {codec: av1}", "video.codec: 'av1' is not one of 'h264', 'h265'"),
         ("memory: {dtype: int8}", "memory.dtype: 'int8' is not one of 'auto', 'fp32', 'bf16', 'fp16', 'fp8'"),
         (
             "inject: [{prompt: x, branch: all}]",

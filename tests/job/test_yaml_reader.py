@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 from typing import Any
 
 import pytest
+import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -112,17 +114,17 @@ def test_a_whole_number_of_any_length_never_becomes_a_rounded_float(digits: int)
         ("1: a\n'1': b\n", "job.yaml:2: key '1' appears twice, on lines 1 and 2", ""),
         (
             "a: &x 1\n",
-            "job.yaml:1: anchors and aliases (& and *) are not supported",
+            "job.yaml:1: no alias *x uses the anchor &x",
             "Quote a text that starts with & or *.",
         ),
         (
             "a: 1\nb: *x\n",
-            "job.yaml:2: anchors and aliases (& and *) are not supported",
+            "job.yaml:2:4: is not YAML: found undefined alias 'x'",
             "Quote a text that starts with & or *.",
         ),
         (
             "a: &x [1]\nb: &y [*x, *x]\n",
-            "job.yaml:1: anchors and aliases (& and *) are not supported",
+            "job.yaml:2: no alias *y uses the anchor &y",
             "Quote a text that starts with & or *.",
         ),
         ("a: !!int '5'\n", "job.yaml:1: tags (!) are not supported", "Quote a text that starts with !."),
@@ -284,3 +286,29 @@ def test_a_text_that_is_refused_is_a_job_error(text: str) -> None:
 @settings(max_examples=100, deadline=None)
 def test_bytes_that_are_refused_are_a_job_error(data: bytes) -> None:
     assert "\n" not in answer(data)[1]
+
+
+def test_the_aliases_that_a_program_writes_are_read() -> None:
+    rule = {"prompt": "fish", "blocks": ["early", 30]}
+    job = {"a": [rule], "items": [{"inject": [rule, rule]}, {"inject": [rule]}]}
+    text = yaml.safe_dump(job, sort_keys=False)
+    assert "&id001" in text
+    document = read_yaml(text.encode(), "job.yaml")
+    assert document.value == job
+    assert document.lines["items", 0, "inject", 1, "blocks", 1] == document.lines["a", 0, "blocks", 1]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "a: &a [x, x, x, x, x, x, x, x]\n"
+        + "".join(f"{b}: &{b} [{', '.join([f'*{a}'] * 8)}]\n" for a, b in itertools.pairwise("abcdefgh"))
+        + "i: *h\n",
+        "a: &a [*a, *a]\n",
+        "a: &a {b: *a}\n",
+    ],
+    ids=["billion laughs", "a list in itself", "a mapping in itself"],
+)
+def test_what_aliases_expand_to_is_limited(text: str) -> None:
+    with pytest.raises(JobError, match=f"more than {MAX_DEPTH} levels or {MAX_NODES} values"):
+        read_yaml(text.encode(), "job.yaml")

@@ -300,6 +300,28 @@ def test_the_key_field_is_the_beginning_of_the_key(decide: Callable[..., Plan]) 
     assert shot.manifest.name == f"{shot.key[:12]}.manifest.json"
 
 
+def test_labels_in_names_are_without_what_windows_refuses(
+    decide: Callable[..., Plan], tmp_path: Path
+) -> None:
+    labels = {"blocks": "auto:top8", "prompt": "A red circle moves up."}
+    for template, name in (
+        ("{id}_{blocks}.mp4", "0000_auto-top8.mp4"),
+        ("{prompt}.mp4", "A red circle moves up.mp4"),
+    ):
+        assert only(decide(output=f"out/{template}", labels=labels)).output.name == name
+
+
+@pytest.mark.parametrize("suffix", [".mp4", ".manifest.json", ".latents.safetensors", ".state.safetensors"])
+def test_what_was_rendered_with_a_colon_in_its_name_keeps_it(
+    decide: Callable[..., Plan], tmp_path: Path, suffix: str
+) -> None:
+    shot = only(decide(output="out/{blocks}.mp4", labels={"blocks": "auto:top8"}))
+    shot.output.parent.mkdir()
+    (shot.output.parent / f"auto:top8{suffix}").touch()
+    found = only(decide(output="out/{blocks}.mp4", labels={"blocks": "auto:top8"}))
+    assert found.output.name == "auto:top8.mp4"
+
+
 def test_a_label_cannot_pose_as_a_field(decide: Callable[..., Plan]) -> None:
     assert only(decide(output="{seed}.mp4", labels={"seed": "x"}, seed=5)).output.name == "5.mp4"
 
@@ -559,7 +581,7 @@ def test_all_problems_of_a_shot_are_told_at_once_in_the_order_of_the_file(
         size="500x300",
         frames=24,
         sampler={"steps": 4},
-        inject=[rule(blocks="Early", steps="50%"), rule(blocks=["late", 50])],
+        inject=[rule(blocks="Erly", steps="50%"), rule(blocks=["late", 50])],
         loras=[{"path": "none.safetensors"}],
         save_every="soon",
     )

@@ -46,6 +46,11 @@ def slurm_command(
     ] = "8:00:00",
     cpus: Annotated[int | None, typer.Option(min=1, help="Cores of each task.")] = None,
     mem: Annotated[str | None, typer.Option(metavar="SIZE", help="Memory of each task: 64G.")] = None,
+    partition: Annotated[str | None, typer.Option(help="Partition of the cluster.")] = None,
+    account: Annotated[str | None, typer.Option(help="Account that pays.")] = None,
+    gres: Annotated[
+        str | None, typer.Option(help="GPUs as the cluster names them, instead of --gpus: gpu:a100:1.")
+    ] = None,
     margin: Annotated[
         int,
         typer.Option(min=10, help="Seconds before the time limit at which a task saves; longer than a step."),
@@ -65,9 +70,16 @@ def slurm_command(
     for flag, value in (("--time", time), ("--mem", mem or "0")):
         if not re.fullmatch(r"[0-9:.-]+[KMGT]?", value):
             raise JobError(f"{value!r} is not a value that Slurm reads", where=flag, hint="8:00:00, or 64G.")
+    for flag, name in (("--partition", partition), ("--account", account), ("--gres", gres)):
+        if name is not None and not re.fullmatch(r"[A-Za-z0-9_.,:=@+-]+", name):
+            raise JobError(f"{name!r} is not a name that Slurm reads", where=flag)
+    if gres is not None and gpus is not None:
+        raise JobError("says the same as --gpus; give one of them", where="--gres")
     command = [_find_wancli(), "render", str(path), "--progress", "plain", *context.args]
-    options = SlurmOptions(shards, _count_gpus(shots) if gpus is None else gpus, time, cpus, mem, margin)
-    print(build_script(command, Path.cwd(), path.stem, options), end="")
+    asked = _count_gpus(shots) if gpus is None else gpus
+    options = SlurmOptions(shards, asked, gres, partition, account, time, cpus, mem, margin)
+    divided = len(shots) if count == len(shots) else None
+    print(build_script(command, Path.cwd(), path.stem, options, divided), end="")
 
 
 @app.command("openjd", context_settings=_PASS_THROUGH)

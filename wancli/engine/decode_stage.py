@@ -26,6 +26,7 @@ from wancli.plan import model_registry
 from wancli.resources.measure import PeakMemory, oom_as_error, release_memory
 from wancli.storage import atomic, disk, manifest, records
 from wancli.storage.manifest_schema import Manifest, ShotRecord
+from wancli.storage.paths import require_mp4
 from wancli.video import mp4
 
 if TYPE_CHECKING:
@@ -54,6 +55,7 @@ def decode_file(
     except Unreadable as error:
         raise EntryError(error.message, where=error.where, hint=error.hint) from error
     output = output or path.with_name(record.shot.output)
+    require_mp4(output, output.name, "-o")
     if disk.exists(output) and not context.force:
         raise OutputExists(
             "already exists", where=str(output), hint="--force moves it aside; or give -o another name."

@@ -22,8 +22,8 @@ def parse_blocks(spec: str | int | Sequence[str | int], depth: int) -> tuple[int
     if not isinstance(spec, str | int):
         parts = [block for part in spec for block in parse_blocks(part, depth)]
         return tuple(dict.fromkeys(parts))
-    if isinstance(spec, str) and spec in NAMED_BLOCKS:
-        return _named_blocks(spec, depth)
+    if isinstance(spec, str) and spec.lower() in NAMED_BLOCKS:
+        return _named_blocks(spec.lower(), depth)
     match = re.fullmatch(r"(\d{1,4})(?:-(\d{1,4})(?::(\d{1,4}))?)?", str(spec))
     if not match:
         raise ValueError(

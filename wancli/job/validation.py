@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Callable, Sequence
 from types import UnionType
 from typing import Annotated, Any, Union, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
 
+from wancli.job.foreign_words import explain_word
 from wancli.job.schema import (
     AreaSize,
     Attention,
@@ -72,11 +74,14 @@ def _describe(path: tuple[Key, ...], problem: Any) -> str:
         case "extra_forbidden":
             return _describe_extra(path)
         case "literal_error":
-            return f"{shown} is {_describe_expected(str(ctx['expected']))}"
+            instead = explain_word(str(value)) if path[-2:] == ("video", "codec") else None
+            return f"{shown} is {_describe_expected(str(ctx['expected']))}" + (
+                f"; {instead}" if instead else ""
+            )
         case "int_type" | "int_from_float":
-            return f"expected a whole number, got {shown}"
+            return f"expected a whole number, got {shown}{_unquote(value)}"
         case "float_type" | "finite_number":
-            return f"expected a number, got {shown}"
+            return f"expected a number, got {shown}{_unquote(value)}"
         case "string_type":
             quote = "; put it in quotes" if isinstance(value, bool | int | float) else ""
             return f"expected text, got {shown}{quote}"
@@ -93,10 +98,18 @@ def _describe(path: tuple[Key, ...], problem: Any) -> str:
     return f"{problem['msg'].lower().removeprefix('input ').removeprefix('value error, ')}, got {shown}"
 
 
+def _unquote(value: Any) -> str:
+    """Show a number without the quotes that make it a text; empty if the text is no number."""
+    is_number = isinstance(value, str) and len(value) < 20 and re.fullmatch(r"[-+]?(\d+\.?\d*|\.\d+)", value)
+    return f"; write {value} without quotes" if is_number else ""
+
+
 def _describe_extra(path: tuple[Key, ...]) -> str:
     known = known_keys(path[:-1])
     if len(path) > 1 and path[-1] in known:
         return "does not go with the other keys here"
+    if instead := explain_word(str(path[-1])):
+        return f"unknown key; {instead}"
     near = _nearest_key(path)
     return "unknown key; " + (f"did you mean {near!r}?" if near else f"known: {', '.join(known)}")
 

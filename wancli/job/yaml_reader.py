@@ -1,8 +1,8 @@
 """Read YAML as plain values, with the line of each key.
 
-The types are the core types of YAML 1.2, so that `no` is text and `1e3` is a number. Anchors, tags and
-duplicate keys are refused, and the size, depth and number of values are limited. JSON is YAML, and its
-`\\ud83d\\ude00` is one character. Every refusal is a JobError with a line.
+The types are the core types of YAML 1.2, so that `no` is text and `1e3` is a number. Tags, duplicate keys and
+anchors without an alias are refused. The size, the depth and the number of values, those of aliases included,
+are limited. JSON is YAML, and its `\\ud83d\\ude00` is one character. Every refusal is a JobError with a line.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ Key = str | int
 Lines = dict[tuple[Key, ...], int]
 Comments = dict[tuple[Key, ...], str]
 _COMMENT = re.compile(r"[ \t]+(#[^\r\n\0]*)")
+_QUOTE_ANCHORS = "Quote a text that starts with & or *."
 MAX_BYTES, MAX_DEPTH, MAX_NODES = 256 * 1024, 32, 20_000
 
 
@@ -94,6 +95,7 @@ def read_yaml(data: bytes, file: str) -> Document:
 
 def _yaml_hint(problem: str) -> str:
     hints = {
+        "undefined alias": _QUOTE_ANCHORS,
         "mapping values are not allowed": "A text with ': ' in it needs quotes.",
         r"'\t' that cannot start": "Indent with spaces.",
         "cannot start": "A text that starts with one of %@`&*!|>[{ needs quotes.",
@@ -104,26 +106,34 @@ def _yaml_hint(problem: str) -> str:
 
 def _check_limits(text: str, file: str) -> None:
     depth = nodes = 0
+    unused: dict[str, str] = {}
     for event in yaml.parse(text, Loader=_Loader):
         line = f"{file}:{event.start_mark.line + 1}" if event.start_mark else file
         nodes += isinstance(event, yaml.NodeEvent)
         depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
-        if getattr(event, "anchor", None) is not None:
-            raise JobError(
-                "anchors and aliases (& and *) are not supported",
-                where=line,
-                hint="Quote a text that starts with & or *.",
-            )
+        if isinstance(event, yaml.AliasEvent):
+            unused.pop(str(event.anchor), None)
+        elif anchor := getattr(event, "anchor", None):
+            unused[anchor] = line
         if getattr(event, "tag", None) is not None:
             raise JobError("tags (!) are not supported", where=line, hint="Quote a text that starts with !.")
         if depth > MAX_DEPTH or nodes > MAX_NODES:
-            raise JobError(f"more than {MAX_DEPTH} levels or {MAX_NODES} values", where=line)
+            raise _too_many(line)
+    if unused:  # the text & Co. would lose its beginning
+        anchor, line = next(iter(unused.items()))
+        raise JobError(f"no alias *{anchor} uses the anchor &{anchor}", where=line, hint=_QUOTE_ANCHORS)
+
+
+def _too_many(line: str) -> JobError:
+    return JobError(f"more than {MAX_DEPTH} levels or {MAX_NODES} values", where=line)
 
 
 def _construct(loader: _Loader, node: yaml.Node, path: tuple[Key, ...], document: Document, file: str) -> Any:
     """Construct the value of a node; its lines and comments go into the document."""
     lines = document.lines
     lines.setdefault(path, node.start_mark.line + 1)
+    if len(lines) > MAX_NODES or len(path) > MAX_DEPTH:  # by aliases
+        raise _too_many(_locate(file, node, ()))
     if isinstance(node, yaml.SequenceNode):
         return [_construct(loader, child, (*path, i), document, file) for i, child in enumerate(node.value)]
     if isinstance(node, yaml.MappingNode):

@@ -11,7 +11,7 @@ from wancli.errors import JobError
 from wancli.job.loader import Item, JobFile
 from wancli.plan.shot import Shot
 from wancli.storage import disk
-from wancli.storage.paths import output_path, require_possible, slugify
+from wancli.storage.paths import output_path, require_mp4, require_possible, slugify, to_portable
 
 
 def with_output(shot: Shot, jobs: JobFile, item: Item) -> Shot:
@@ -40,7 +40,23 @@ def _name_output(jobs: JobFile, index: int, item: Item, slug: str, key: str, pic
         **({} if picture is None else {"image": picture}),
         "key": key,
     }
-    return resolve_output(jobs.directory, job.output, fields, item.location("output"))
+    where = item.location("output")
+    portable = {
+        name: to_portable(value) if isinstance(value, str) else value for name, value in fields.items()
+    }
+    output = resolve_output(jobs.directory, job.output, portable, where)
+    if portable != fields:
+        old = resolve_output(jobs.directory, job.output, fields, where)
+        if old != output and _is_begun(old, where):
+            return old
+    return output
+
+
+def _is_begun(output: Path, where: str) -> bool:
+    """Whether a version of wancli that wrote `auto:top8` into names has rendered this, or a part of it."""
+    suffixes = (".mp4", ".manifest.json", ".latents.safetensors", ".state.safetensors")
+    with disk.reading_for_job(where):
+        return any(disk.exists(output.with_suffix(suffix)) for suffix in suffixes)
 
 
 def resolve_output(directory: Path, template: str, fields: Mapping[str, str | int], where: str) -> Path:
@@ -52,8 +68,7 @@ def resolve_output(directory: Path, template: str, fields: Mapping[str, str | in
         require_possible(output, str(fields.get("id", "")))
     except JobError as error:
         raise JobError(error.message, where=where, hint=error.hint) from None
-    if output.suffix != ".mp4":
-        raise JobError(f"{template!r} does not end in .mp4", where=where)
+    require_mp4(output, template, where)
     return output
 
 

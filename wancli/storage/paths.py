@@ -121,6 +121,18 @@ def slugify(text: str, limit: int = 48) -> str:
     return f"{name}-shot" if _DEVICES.fullmatch(name) else name
 
 
+def require_mp4(path: Path, shown: str, where: str) -> None:
+    """Raise JobError if a video is to have another suffix than .mp4."""
+    if path.suffix != ".mp4":
+        hint = "wancli writes MP4 alone; `ffmpeg -i NAME.mp4 NAME.mov` makes another file of one."
+        raise JobError(f"{shown!r} does not end in .mp4", where=where, hint=hint)
+
+
+def to_portable(text: str) -> str:
+    """Return a text without what names cannot have on Windows and SMB: `auto:top8` becomes `auto-top8`."""
+    return re.sub('[<>:"|?*]+', "-", text).rstrip(" .") or text
+
+
 def output_path(root: Path, template: str, fields: Mapping[str, str | int]) -> Path:
     """Return the path that an output template means, relative to `root`.
 

@@ -562,6 +562,15 @@ def test_a_damaged_file_is_named_and_not_called_missing(tmp_path: Path) -> None:
             identify(root)
 
 
+def test_the_folder_of_comfyui_itself_is_a_model(tmp_path: Path) -> None:
+    below = identify(comfy_tree(tmp_path / "ComfyUI" / "models"))
+    root = identify(tmp_path / "ComfyUI")
+    assert root.transformer_files == below.transformer_files
+    assert (root.text_encoder_files, root.vae_files) == (below.text_encoder_files, below.vae_files)
+    assert root.tokenizer == below.tokenizer
+    assert len(inspect(tmp_path / "ComfyUI")["parts"]) == 3
+
+
 def test_hidden_files_are_no_weights(tmp_path: Path) -> None:
     root = comfy_tree(tmp_path)
     before = identify(root)

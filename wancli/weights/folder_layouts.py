@@ -105,11 +105,14 @@ def detect_layout(root: Path) -> Layout:
 
 
 def list_weight_files(root: Path) -> tuple[Path, ...]:
-    """List the weight files in a folder and in the folders that ComfyUI keeps below it; one file of each set
-    of shards. Hidden files, as `._NAME` of macOS, are none.
+    """List the weight files in a folder and in the folders that ComfyUI keeps below it or below its `models`;
+    one file of each set of shards. Hidden files, as `._NAME` of macOS, are none.
     """
     below = (*TRANSFORMERS, *ENCODERS, *VAES, *IMAGE_ENCODERS, "loras")
-    folders = [root, *(base / name for base in (root, root / "split_files") for name in below)]
+    folders = [
+        root,
+        *(base / name for base in (root, root / "split_files", root / "models") for name in below),
+    ]
     paths = [
         path
         for folder in folders

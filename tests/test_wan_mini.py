@@ -220,3 +220,30 @@ def test_a_block_map_is_stable_its_gradient_agrees_and_its_top_moves_more_than_i
     assert run_wancli(capsys, "render", path, *cache).code == 0
     plain, top, bottom = (tmp_path / "out" / f"{name}.mp4" for name in ("plain", "top", "bottom"))
     assert mean_difference(top, plain) > mean_difference(bottom, plain)
+
+
+def test_words_of_a_background_leave_the_shape_and_a_negative_colour_leaves_the_background(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    red = "A red circle moves right on a white background."
+    other = "A blue square moves up on a black background."
+    words = {"prompt": other, "words": "a black background.", "blend": "output-mix"}
+    nag = {"prompt": "red", "blend": "nag", "scale": 20.0, "alpha": 0.5, "tau": 4.0}
+    job = {
+        "output": "out/{id}.mp4",
+        "frames": 9,
+        "sampler": {"steps": 8},
+        "items": [
+            {"id": "words", "prompt": red, "inject": [words]},
+            {"id": "unguided", "prompt": red.replace("red ", ""), "sampler": {"guidance": 1}},
+            {"id": "nag", "prompt": red.replace("red ", ""), "sampler": {"guidance": 1}, "inject": [nag]},
+        ],
+    }
+    assert run_wancli(capsys, "render", write_job(tmp_path, job), "--cache-dir", tmp_path / "cache").code == 0
+    found = {id: shares(tmp_path / f"out/{id}.mp4") for id in ("words", "unguided", "nag")}
+    assert found["words"]["white"] < 0.05
+    assert found["words"]["red"] > 0.04
+    assert found["words"]["blue"] == 0
+    assert found["unguided"]["red"] > 0.04
+    assert found["nag"]["red"] < found["unguided"]["red"] / 4
+    assert found["nag"]["white"] > 0.8

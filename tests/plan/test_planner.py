@@ -620,8 +620,8 @@ def test_warnings_of_one_kind_are_one_line_with_the_first_shots_and_details(
 @pytest.mark.parametrize(
     ("prompt", "pieces", "way_out"),
     [
-        ("A (red:1.4) circle", "(red:1.4)", "words have no weights"),
-        ("A circle, ((masterpiece))", "((masterpiece))", "words have no weights"),
+        ("A (red:1.4) circle", "(red:1.4)", "write them plainly, and `emphasis: {red: 1.4}`"),
+        ("A circle, ((masterpiece))", "((masterpiece))", "`emphasis: {masterpiece: 1.21}`"),
         ("A circle <lora:style:0.8>", "<lora:style:0.8>", "name the file under `loras`"),
         ("A [red:blue:0.5] circle", "[red:blue:0.5]", "`inject` swaps prompts between steps"),
         ("A {red|blue} __shape__", "{red|blue}, __shape__", "`matrix` renders alternatives"),

@@ -67,6 +67,7 @@ def build_record(
         encoder_loaded=not all(cached.values()),
         pictures=[*pictures],
         injection=_rule_records(shot, reads, differences, injected_pictures),
+        **({"emphasis": _emphasis_records(shot, reads)} if shot.emphasis else {}),
         loras=_lora_records(shot, loras),
         effects=list(effects),
         first_step_after=first_step_after,
@@ -250,9 +251,29 @@ def _rule_records(
                 "hits_by_block": dict(Counter(block for _, _, block in hits)),
                 **({"picture": pictures[rule.text]} if rule.image else {"difference": next(of_prompts)}),
                 **({"area": _area_record(rule.area, shot)} if rule.area else {}),
+                **({"words": rule.words, "rows": list(rule.rows)} if rule.rows else {}),
+                **({"nag": dict(zip(("scale", "alpha", "tau"), rule.nag))} if rule.nag else {}),
             }
         )
     return described
+
+
+def _emphasis_records(shot: Shot, reads: Iterable[tuple[int, str, int]]) -> list[Record]:
+    """Describe the words that count more or less: the planned cells, and those that blocks read."""
+    cells = set(reads)
+    return [
+        {
+            "words": rule.words,
+            "rows": list(rule.rows),
+            "weight": rule.weight,
+            "blocks": [block for block, _ in rule.blocks],
+            "steps": [step for step, _ in rule.steps],
+            "planned": len(planned),
+            "hits": sum(cell in cells for cell in planned),
+            **({"area": _area_record(rule.area, shot)} if rule.area else {}),
+        }
+        for rule, planned in zip(shot.emphasis, shot.table.changed_cells[len(shot.rules) :])
+    ]
 
 
 def _area_record(area: Area, shot: Shot) -> Record:

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 from wancli.errors import EntryError
 from wancli.injection.area import Area
+from wancli.injection.table import Rule
 from wancli.injection.timeline import Timeline
 from wancli.plan.pictures import InjectedPicture
 from wancli.plan.shot import Prompt, Shot
@@ -14,6 +15,7 @@ from wancli.storage.manifest_schema import (
     AreaRecord,
     InjectedPictureRecord,
     PromptRecord,
+    RuleRecord,
     ShotRecord,
     TimelineRecord,
 )
@@ -79,6 +81,7 @@ def _diff(record: ShotRecord, shot: Shot) -> Iterator[Difference]:
         if old != new:
             yield key, str(old), str(new)
     yield from _diff_rules(record, shot)
+    yield from _diff_emphasis(record, shot)
     yield from _diff_loras(record, shot)
 
 
@@ -161,6 +164,7 @@ def _diff_rules(record: ShotRecord, shot: Shot) -> Iterator[Difference]:
         if old.gain != new.gain:
             yield f"inject.{i}.gain", str(old.gain), str(new.gain)
         yield from _diff_areas(f"inject.{i}", old.area, new.area)
+        yield from _diff_words(f"inject.{i}", old, new)
 
 
 def _diff_areas(key: str, old: AreaRecord | None, new: Area | None) -> Iterator[Difference]:
@@ -181,6 +185,33 @@ def _show_frames(frames: tuple[int, int] | None) -> str:
 
 def _show_region(region: tuple[float, ...] | None) -> str:
     return f"[{', '.join(f'{side:g}' for side in region)}]" if region else "all"
+
+
+def _diff_words(key: str, old: RuleRecord, new: Rule) -> Iterator[Difference]:
+    """Yield the differences of words and of attention guidance."""
+    if old.rows != new.rows:
+        yield f"{key}.words", old.words or "none", new.words or "none"
+    if old.nag and new.nag:
+        settings = old.nag.scale, old.nag.alpha, old.nag.tau
+        for name, before, after in zip(("scale", "alpha", "tau"), settings, new.nag):
+            if before != after:
+                yield f"{key}.{name}", f"{before:g}", f"{after:g}"
+
+
+def _diff_emphasis(record: ShotRecord, shot: Shot) -> Iterator[Difference]:
+    if len(record.emphasis) != len(shot.emphasis):
+        yield "emphasis", "", ""
+        return
+    for i, (old, new) in enumerate(zip(record.emphasis, shot.emphasis)):
+        key = f"emphasis.{i}"
+        if old.rows != new.rows:
+            yield f"{key}.words", old.words, new.words
+        if old.weight != new.weight:
+            yield f"{key}.weight", f"{old.weight:g}", f"{new.weight:g}"
+        for name, before, after in (("blocks", old.blocks, new.blocks), ("steps", old.steps, new.steps)):
+            if before != tuple(index for index, _ in after):
+                yield f"{key}.{name}", "", ""
+        yield from _diff_areas(key, old.area, new.area)
 
 
 def _diff_loras(record: ShotRecord, shot: Shot) -> Iterator[Difference]:

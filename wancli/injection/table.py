@@ -150,6 +150,8 @@ class Rule:
     their product. A strength of 0 leaves the cell as it is. `text` is the id of what is injected: a
     prompt or, if `image`, a picture, which changes only what blocks read of pictures. Outside of its `area`
     a rule changes nothing. A token on the edge gets a mix of both outputs, whatever the blend.
+
+    `rows` narrow the rule to some rows of its prompt: all others stay what they are.
     """
 
     text: str
@@ -160,7 +162,8 @@ class Rule:
     gain: float
     image: bool = False
     area: Area | None = None
-    rows: tuple[int, ...] | None = None  # of the prompt, if `words` narrow the rule to them
+    words: str | None = None  # to which the rule is narrowed,
+    rows: tuple[int, ...] | None = None  # and their rows of the prompt
     nag: tuple[float, float, float] | None = None  # scale, alpha and tau, of the blend `nag` only
     kind: ClassVar[str] = "inject"
     order: ClassVar[int] = 1

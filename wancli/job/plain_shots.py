@@ -20,7 +20,19 @@ if TYPE_CHECKING:
     from wancli.job.matrix import Combination
 
 # Keys that change neither the pixels of a shot nor what it is compared with.
-_ASIDE = {"id", "labels", "output", "inject", "loras", "join", "measure", "compare", "batch", "save_every"}
+_ASIDE = {
+    "id",
+    "labels",
+    "output",
+    "inject",
+    "emphasis",
+    "loras",
+    "join",
+    "measure",
+    "compare",
+    "batch",
+    "save_every",
+}
 
 
 def add_plain_shots(items: Sequence[Item]) -> list[Item]:
@@ -53,7 +65,9 @@ def _options(job: Job) -> Compare:
 
 
 def _key(job: Job, drops_loras: bool) -> str:
-    """Return a text that is the same for jobs that differ only in injections, and in LoRAs if these count."""
+    """Return a text that is the same for jobs that differ only in injections and emphasis, and in LoRAs if
+    these count.
+    """
     aside = _ASIDE if drops_loras else _ASIDE - {"loras"}
     below = {"memory": {"residency", "chunk", "budget"}, "video": {"keep_latents"}}
     return repr(job.model_dump(exclude={**dict.fromkeys(aside, True), **below}))
@@ -64,7 +78,7 @@ def _dump_loras(job: Job) -> str:
 
 
 def _is_plain(job: Job, drops_loras: bool) -> bool:
-    if drops_loras and job.loras:
+    if (drops_loras and job.loras) or job.emphasises:
         return False
     return all(_is_zero(rule.strength) or _is_zero(rule.step_strength) for rule in job.inject)
 
@@ -78,7 +92,7 @@ def _make_plain_shots(
 ) -> Iterator[Item]:
     """Yield a plain shot for each kind of shots without one: `seed11-plain`, with the id of their entry of
     `items` if values do not tell two apart."""
-    dropped = ("inject", "loras") if drops_loras else ("inject",)
+    dropped = ("inject", "emphasis", *(["loras"] if drops_loras else []))
     kinds: dict[str, tuple[Item, Combination]] = {}
     for item in compared:
         swept = item.combination.select(lambda setting: setting.key.split(".")[0] not in dropped)
@@ -98,7 +112,9 @@ def _make_plain(item: Item, combination: Combination, id: str, drops_loras: bool
     job = item.job
     gone = item.combination.labels.keys() - combination.labels.keys()
     labels = {name: label for name, label in job.labels.items() if name not in gone}
-    plain: dict[str, object] = {"inject": [], "join": None} | ({"loras": []} if drops_loras else {})
+    plain: dict[str, object] = {"inject": [], "emphasis": {}, "join": None} | (
+        {"loras": []} if drops_loras else {}
+    )
     names = {"id": id, "labels": labels, "output": _plain_output(job, gone)}
     made = job.model_copy(update={**plain, **names})
     return replace(item, id=id, job=made, combination=combination, is_added=True)

@@ -232,6 +232,7 @@ Blocks = Annotated[
 
 
 Share = Annotated[float, Field(ge=0, le=1)]
+EmphasisWeight = Annotated[float, Field(gt=0, le=100)]
 
 BlockGroups = Annotated[
     Annotated[int, Tag("<int>")]
@@ -262,16 +263,11 @@ class Attention(StrictModel):
     steps: StepGroups = "all"
 
 
-class InjectRule(StrictModel):
-    """Where, when and how strongly a second prompt or picture is read."""
+class Placement(StrictModel):
+    """Where and when a rule acts."""
 
     blocks: Blocks = "all"
-    strength: Strength = 1.0
     steps: Steps = "all"
-    step_strength: Strength = 1.0
-    branch: Literal["cond", "uncond", "both"] = "cond"
-    blend: Literal["context-lerp", "output-mix", "replace", "concat"] = "context-lerp"
-    gain: float = Field(1.0, ge=-100, le=100)
     expert: Literal["high", "low", "both"] = "both"
     frames: Frames | None = None
     during: str | None = None
@@ -280,10 +276,41 @@ class InjectRule(StrictModel):
     feather: Share = 0.0
 
 
+class EmphasisEntry(Placement):
+    """Words of the prompt that count more or less than others."""
+
+    words: str
+    weight: EmphasisWeight
+
+
+def _mapping_or_list(value: Any) -> str:
+    return "<mapping>" if isinstance(value, dict) else "<list>"
+
+
+EmphasisOption = Annotated[
+    Annotated[dict[str, EmphasisWeight], Tag("<mapping>")] | Annotated[list[EmphasisEntry], Tag("<list>")],
+    Discriminator(_mapping_or_list),
+]
+
+
+class InjectRule(Placement):
+    """Where, when and how strongly a second prompt or picture is read."""
+
+    strength: Strength = 1.0
+    step_strength: Strength = 1.0
+    branch: Literal["cond", "uncond", "both"] = "cond"
+    blend: Literal["context-lerp", "output-mix", "replace", "concat", "nag"] = "context-lerp"
+    gain: float = Field(1.0, ge=-100, le=100)
+
+
 class InjectPrompt(InjectRule):
-    """A second prompt for chosen blocks, steps and guidance branches."""
+    """A second prompt, or some words of it, for chosen blocks, steps and guidance branches."""
 
     prompt: Prompt
+    words: str | None = None
+    scale: float | None = Field(None, ge=-100, le=100)
+    alpha: float | None = Field(None, ge=0, le=1)
+    tau: float | None = Field(None, gt=0, le=100)
 
 
 class InjectPicture(InjectRule):
@@ -438,6 +465,7 @@ class Job(StrictModel):
     sampler: Sampler = Sampler()
     text: TextOptions = TextOptions()
     inject: list[Inject] = []
+    emphasis: EmphasisOption = {}
     loras: list[LoraEntry] = []
     video: Video = Video()
     memory: Memory = Memory()
@@ -452,3 +480,10 @@ class Job(StrictModel):
     def image_options(self) -> ImageOptions | None:
         """`image` as a mapping; a text names the first frame."""
         return ImageOptions(first=self.image) if isinstance(self.image, str) else self.image
+
+    @property
+    def emphasises(self) -> bool:
+        """Whether a word counts more or less than others."""
+        option = self.emphasis
+        weights = option.values() if isinstance(option, dict) else [entry.weight for entry in option]
+        return any(weight != 1 for weight in weights)

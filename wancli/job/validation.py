@@ -17,6 +17,7 @@ from wancli.job.schema import (
     Compare,
     CurveSpec,
     EmbeddingFile,
+    EmphasisEntry,
     ExpertGuidance,
     ImageOptions,
     InjectPrompt,
@@ -170,6 +171,7 @@ def known_keys(path: tuple[Key, ...]) -> list[str]:
     nested: dict[Key, type[BaseModel]] = {
         "sampler": Sampler, "text": TextOptions, "inject": InjectPrompt, "loras": LoraEntry, "video": Video,
         "memory": Memory, "attention": Attention, "compare": Compare, "image": ImageOptions, "size": AreaSize,
+        "emphasis": EmphasisEntry,
         "prompt": EmbeddingFile, "negative": EmbeddingFile, "strength": CurveSpec, "step_strength": CurveSpec,
         "steps": SigmaRange, "guidance": ExpertGuidance, "model": ModelFiles,
     }  # fmt: skip

@@ -17,7 +17,7 @@ from wancli.injection.area import Area, Mask, TokenGrid, average_mask, compute_w
 from wancli.injection.selectors import parse_during, parse_frames
 from wancli.job.loader import Item
 from wancli.job.problems import Problems
-from wancli.job.schema import InjectRule, Segment
+from wancli.job.schema import Placement, Segment
 from wancli.job.yaml_reader import Key
 from wancli.pictures.read import read_pixels
 from wancli.plan import model_registry
@@ -111,19 +111,21 @@ def compile_areas(item: Item, video: VideoShape, masks: MaskReader) -> tuple[Are
     areas: list[Area | None] = []
     for index in range(len(item.job.inject)):
         with problems.collect():
-            areas.append(_compile_area(item, index, video, masks))
+            areas.append(compile_area(item, ("inject", index), item.job.inject[index], video, masks))
     problems.raise_all()
     return tuple(areas)
 
 
-def _compile_area(item: Item, index: int, video: VideoShape, masks: MaskReader) -> Area | None:
-    inject = item.job.inject[index]
+def compile_area(
+    item: Item, key: tuple[Key, ...], inject: Placement, video: VideoShape, masks: MaskReader
+) -> Area | None:
+    """Compile the area of one rule, at this key of a job; None if it is the whole video. Raises JobError."""
     problems = Problems()
     frames = None
     with problems.collect():
-        frames = select_frames(item, inject, ("inject", index), video)
+        frames = select_frames(item, inject, key, video)
     with problems.collect():
-        _check_region(item, inject, index)
+        _check_region(item, inject, key)
     problems.raise_all()
     region = None
     if inject.region and inject.region != [0, 0, 1, 1]:
@@ -132,17 +134,17 @@ def _compile_area(item: Item, index: int, video: VideoShape, masks: MaskReader) 
     feather = inject.feather if region or inject.mask else 0.0
     area = Area(frames, region, feather)
     if inject.mask is not None:
-        area = replace(area, mask=_read_mask(item, index, inject.mask, area, video, masks))
+        area = replace(area, mask=_read_mask(item, key, inject.mask, area, video, masks))
     weights_TYX = compute_weights(area, video.grid)
     if (weights_TYX == 1).all():
         return None
     if not weights_TYX.any():
-        _refuse_empty(item, index, area, video.grid)
+        _refuse_empty(item, key, area, video.grid)
     return area
 
 
 def select_frames(
-    item: Item, entry: InjectRule | Segment, key: tuple[Key, ...], video: VideoShape
+    item: Item, entry: Placement | Segment, key: tuple[Key, ...], video: VideoShape
 ) -> tuple[int, int] | None:
     """Return the first and the last frame of a rule, or of a segment of a prompt; None if it has all.
 
@@ -161,15 +163,15 @@ def select_frames(
     return None if frames == (0, video.frames - 1) else frames
 
 
-def _check_region(item: Item, inject: InjectRule, index: int) -> None:
+def _check_region(item: Item, inject: Placement, key: tuple[Key, ...]) -> None:
     """Refuse a region without an inside, or next to a mask, and an edge of neither."""
-    where = item.location("inject", index, "region")
+    where = item.location(*key, "region")
     if inject.region is not None and inject.mask is not None:
         hint = "Write one of them; a mask can be black outside of the region."
         raise JobError("has both `region` and `mask`", where=where, hint=hint)
     if inject.region is None:
         if inject.feather and inject.mask is None:
-            where = item.location("inject", index, "feather")
+            where = item.location(*key, "feather")
             raise JobError("softens the edge of `region` or `mask`, and the rule has neither", where=where)
         return
     left, top, right, bottom = inject.region
@@ -182,10 +184,11 @@ def _check_region(item: Item, inject: InjectRule, index: int) -> None:
             raise JobError(f"is {high - low:g} {name}: from {low:g} to {high:g}", where=where, hint=hint)
 
 
-def _read_mask(item: Item, index: int, name: str, area: Area, video: VideoShape, masks: MaskReader) -> Mask:
-    key = ("inject", index, "mask")
-    where = item.location(*key)
-    path = model_registry.resolve_path(item.base_dir(*key), name, where)
+def _read_mask(
+    item: Item, key: tuple[Key, ...], name: str, area: Area, video: VideoShape, masks: MaskReader
+) -> Mask:
+    where = item.location(*key, "mask")
+    path = model_registry.resolve_path(item.base_dir(*key, "mask"), name, where)
     try:
         with disk.reading_for_job(where, name):
             if disk.is_folder(path):
@@ -199,7 +202,7 @@ def _read_mask(item: Item, index: int, name: str, area: Area, video: VideoShape,
         raise JobError(f"{name!r} is a damaged video: {error.message}", where=where, hint=_FORMATS) from None
 
 
-def _refuse_empty(item: Item, index: int, area: Area, grid: TokenGrid) -> NoReturn:
+def _refuse_empty(item: Item, key: tuple[Key, ...], area: Area, grid: TokenGrid) -> NoReturn:
     """Raise an error that names the nearest area that has a token."""
     if area.mask is None:
         assert area.region
@@ -210,8 +213,8 @@ def _refuse_empty(item: Item, index: int, area: Area, grid: TokenGrid) -> NoRetu
         )
         box = (column / grid.columns, row / grid.rows, (column + 1) / grid.columns, (row + 1) / grid.rows)
         hint = f"The nearest token is [{', '.join(f'{side:.4g}' for side in box)}]."
-        raise JobError("reaches no token", where=item.location("inject", index, "region"), hint=hint)
-    where = item.location("inject", index, "mask")
+        raise JobError("reaches no token", where=item.location(*key, "region"), hint=hint)
+    where = item.location(*key, "mask")
     white = [frame for frame, weights_YX in enumerate(area.mask.weights_FYX) if weights_YX.any()]
     if not white or area.frames is None:
         hint = "White is where the rule acts."

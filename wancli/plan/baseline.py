@@ -55,5 +55,7 @@ def plan_comparison(jobs: JobFile, shots: Sequence[Shot]) -> Comparison | None:
 
 
 def _key_without_injections(shot: Shot, drops_loras: bool) -> str:
-    """Return a key that is the same for shots that differ only in injections, and in LoRAs if these count."""
-    return replace(shot, rules=(), injected=(), loras=() if drops_loras else shot.loras).key
+    """Return a key that is the same for shots that differ only in injections and emphasis, and in LoRAs if
+    these count.
+    """
+    return replace(shot, rules=(), injected=(), emphasis=(), loras=() if drops_loras else shot.loras).key

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
 from wancli.errors import JobError
 from wancli.injection.block_map_store import AutoBlocks, BlockMapStore
 from wancli.injection.selectors import pair_strengths, parse_blocks, parse_steps
-from wancli.injection.table import Branch, Concat, Emphasis, Expr, Image, Lerp, Nag, Rule, Steer, Text
+from wancli.injection.table import Branch, Concat, Emphasis, Expr, Image, Lerp, Nag, Rule, Select, Steer, Text
 from wancli.job.loader import Item
 from wancli.job.problems import Problems
 from wancli.job.schema import Blocks, CurveSpec, InjectRule, SigmaRange, Steps, Strength
+from wancli.plan import word_rules
 from wancli.plan.pictures import InjectedPicture
 from wancli.plan.shot import ModelSpec, Prompt, Shot
 from wancli.sampling.stages import Stage
@@ -87,11 +89,7 @@ def _compile_rule(
     with problems.collect(), locate_errors(item, *key, "steps"):
         steps = select_steps(inject.steps, sigmas)
     problems.raise_all()
-    if inject.expert != "both":
-        if stages[0].expert == "only":
-            raise no_experts_error(item, *key, "expert")
-        expert_steps = {step for stage in stages if stage.expert == inject.expert for step in stage.steps}
-        steps = tuple(step for step in steps if step in expert_steps)
+    steps = narrow_to_expert(item, key, inject.expert, steps, stages)
     with locate_errors(item, *key, "strength"):
         by_block = pair_strengths(_to_curve(inject.strength), blocks)
     with locate_errors(item, *key, "step_strength"):
@@ -107,7 +105,22 @@ def _compile_rule(
         raise JobError("concat needs strengths above 0", where=item.location(*key, "strength"))
     branches: tuple[Branch, ...] = ("cond", "uncond") if inject.branch == "both" else (inject.branch,)
     is_picture = isinstance(other, InjectedPicture)
-    return Rule(other.id, by_block, by_step, branches, inject.blend, inject.gain, is_picture)
+    rule = Rule(other.id, by_block, by_step, branches, inject.blend, inject.gain, is_picture)
+    nag = word_rules.read_nag(item, index, inject, min(products, default=0.0))
+    words, rows = word_rules.select_words(item, index, inject, other)
+    return replace(rule, nag=nag, words=words, rows=rows)
+
+
+def narrow_to_expert(
+    item: Item, key: tuple[str | int, ...], expert: str, steps: Sequence[int], stages: Sequence[Stage]
+) -> tuple[int, ...]:
+    """Return those of the steps that an expert takes. Raises JobError if the model has none."""
+    if expert == "both":
+        return tuple(steps)
+    if stages[0].expert == "only":
+        raise no_experts_error(item, *key, "expert")
+    of_expert = {step for stage in stages if stage.expert == expert for step in stage.steps}
+    return tuple(step for step in steps if step in of_expert)
 
 
 def select_steps(spec: Steps, sigmas: Sequence[float]) -> tuple[int, ...]:
@@ -163,17 +176,20 @@ def refuse_gain_over_time(shot: Shot, item: Item) -> None:
 
 
 def refuse_lerp_after_concat(shot: Shot, item: Item) -> None:
-    """Refuse a context-lerp after a concat: it has no rows that correspond to the joined ones."""
+    """Refuse a context-lerp, or words, after a concat: joined rows have no counterparts."""
     if not any(rule.blend == "concat" for rule in shot.rules):
         return
     rows = {
         shot.table.row(step, branch) for branch, steps in shot.table.steps_by_branch.items() for step in steps
     }
     for block, expr in ((block, expr) for row in rows for block, cell in enumerate(row) for expr, _ in cell):
-        while isinstance(expr, Lerp | Concat):
-            if isinstance(expr, Lerp) and isinstance(expr.a, Concat):
+        while isinstance(expr, Emphasis | Steer):
+            expr = expr.expr
+        while isinstance(expr, Lerp | Concat | Select):
+            if isinstance(expr, Lerp | Select) and isinstance(expr.a, Concat):
+                what = "context-lerp follows" if isinstance(expr, Lerp) else "words follow"
                 raise JobError(
-                    f"context-lerp follows concat in block {block}; joined rows cannot be interpolated",
+                    f"{what} concat in block {block}; joined rows cannot be interpolated",
                     where=item.location("inject"),
                     hint="Put the concat rule last, or use blend: output-mix.",
                 )

@@ -16,6 +16,7 @@ from typing import Any, Literal
 
 from wancli.errors import CheckpointError, JobError
 from wancli.injection.block_map_store import BlockMapStore
+from wancli.injection.tuning import EmphasisRule
 from wancli.job.loader import Item, JobFile
 from wancli.job.problems import Problems
 from wancli.job.schema import InjectPicture, ModelFiles
@@ -34,6 +35,7 @@ from wancli.plan import (
     picture_resolver,
     warnings,
 )
+from wancli.plan.emphasis import compile_emphasis, refuse_emphasis_without_effect
 from wancli.plan.injections import (
     compile_rules,
     refuse_gain_over_time,
@@ -191,6 +193,7 @@ def _build_shot(
     width, height = variant.width, variant.height
     fps = job.video.fps or variant.fps
     pictures = None
+    emphasis: tuple[EmphasisRule, ...] = ()
     with problems.collect():
         pictures, (width, height) = picture_resolver.resolve_pictures(item, variant, picture_memo, continued)
     frames = job.frames or variant.frames
@@ -213,6 +216,15 @@ def _build_shot(
                 raise JobError(
                     "is of one prompt, and that of the shot changes over the frames",
                     where=item.location("attention"),
+                    hint="Leave it out, or render a shot of one of the prompts.",
+                )
+        with problems.collect():
+            depth = model.checkpoint.transformer_config.num_layers
+            emphasis = compile_emphasis(item, main.prompt, depth, sigmas, stages, shape, masks)
+            if emphasis and main.timeline:
+                raise JobError(
+                    "is of one prompt, and that of the shot changes over the frames",
+                    where=item.location("emphasis"),
                     hint="Leave it out, or render a shot of one of the prompts.",
                 )
         own = model.read_given(pictures)
@@ -258,7 +270,9 @@ def _build_shot(
         attention=maps,
         timeline=main.timeline,
         later_prompts=main.others,
+        emphasis=emphasis,
     )
+    refuse_emphasis_without_effect(shot, item)
     refuse_rules_without_effect(shot, item)
     refuse_gain_over_time(shot, item)
     refuse_lerp_after_concat(shot, item)

@@ -16,8 +16,9 @@ from typing import Any, Literal, NamedTuple
 from wancli.injection.area import TokenGrid
 from wancli.injection.attention_spec import AttentionSpec
 from wancli.injection.block_map_store import AutoBlocks
-from wancli.injection.table import Branch, Cell, Rule, Table
+from wancli.injection.table import Branch, Cell, CellRule, Rule, Table
 from wancli.injection.timeline import Timeline
+from wancli.injection.tuning import EmphasisRule
 from wancli.models.config import (
     ComputeOptions,
     Expert,
@@ -161,6 +162,7 @@ class Shot:
     output: Path
     auto_blocks: tuple[AutoBlocks, ...] = ()  # the blocks of its rules that a measured map chose
     pictures: ShotPictures | None = None  # the frames that are given
+    emphasis: tuple[EmphasisRule, ...] = ()  # words of its prompt that count more or less
     kept_frames: tuple[int, ...] = ()  # frames that other shots begin with
     attention: AttentionSpec | None = None  # the attention maps that sampling records; changes no pixel
     timeline: Timeline | None = None  # of a prompt that changes over the frames, which begins with `prompt`
@@ -221,7 +223,9 @@ class Shot:
         unguided = frozenset(step for stage in self.stages if stage.guidance == 1 for step in stage.steps)
         depth = self.model.checkpoint.transformer_config.num_layers
         over_time = self.timeline.cell if self.timeline else ()
-        return _table(self.rules, tuple(base), depth, self.steps, unguided, self.clip_id, over_time)
+        return _table(
+            (*self.rules, *self.emphasis), tuple(base), depth, self.steps, unguided, self.clip_id, over_time
+        )
 
     @property
     def prompts(self) -> tuple[Prompt, ...]:
@@ -250,7 +254,8 @@ class Shot:
 
     @property
     def injects(self) -> bool:
-        return any(rule.is_active for rule in self.rules)
+        """Whether any block reads another thing than the plain prompts and pictures."""
+        return bool(self.emphasis) or any(rule.is_active for rule in self.rules)
 
     @property
     def forwards_per_step(self) -> int:
@@ -274,6 +279,7 @@ class Shot:
                 "shape": self.latent_shape,
                 "noise": [self.noise, self.seed],
                 "sampler": [self.solver, self.steps, self.shift, self.guidance, *experts],
+                **({"emphasis": [_rule_settings(rule) for rule in self.emphasis]} if self.emphasis else {}),
                 **({"loras": [use.pixel_settings for use in self.loras]} if self.loras else {}),
                 **({"attention": kernels.attention} if kernels.attention != "auto" else {}),
                 **({"fp8_matmul": True} if kernels.fp8_matmul else {}),
@@ -389,7 +395,7 @@ def format_shots_inline(shots: Sequence[Shot]) -> str:
 # The shots of a sweep share most of these. A table lists every cell it changes: few are kept at a time.
 @lru_cache(256)
 def _table(
-    rules: tuple[Rule, ...],
+    rules: tuple[CellRule, ...],
     base: tuple[tuple[Branch, str], ...],
     depth: int,
     steps: int,
@@ -400,13 +406,14 @@ def _table(
     return Table(rules, dict(base), depth, steps, unguided, image, over_time)
 
 
-def _rule_settings(rule: Rule) -> dict[str, Any]:
+def _rule_settings(rule: Rule | EmphasisRule) -> dict[str, Any]:
     area = {} if rule.area is None else {"area": rule.area.pixel_settings}
-    return _as_dict(replace(rule, area=None)) | area
+    settings = _as_dict(replace(rule, area=None)) | area
+    return {name: value for name, value in settings.items() if name != "words"}  # their rows count
 
 
 @lru_cache(1024)
-def _as_dict(value: Rule | WanConfig) -> dict[str, Any]:
+def _as_dict(value: Rule | EmphasisRule | WanConfig) -> dict[str, Any]:
     """Return the fields that count for a key: those added since keys exist only if they are used."""
     return {name: x for name, x in asdict(value).items() if x is not None and x is not False}
 

@@ -11,11 +11,12 @@ from wancli.plan.pictures import GivenFrame, InjectedPicture, LinkedFrame, Pictu
 from wancli.progress import make_printable
 from wancli.report.area_text import describe_area, draw_area
 from wancli.report.terminal import draw_bar, draw_ruler, truncate
-from wancli.units import format_ranges, list_some, pluralize
+from wancli.units import format_ranges, list_some, pluralize, quote
 
 if TYPE_CHECKING:
     from wancli.injection.attention_spec import AttentionSpec
     from wancli.injection.timeline import Timeline
+    from wancli.injection.tuning import EmphasisRule
     from wancli.plan.schedule import Placement
     from wancli.plan.shot import Plan, Prompt, Shot
     from wancli.weights.lora.use import LoraUse
@@ -52,6 +53,8 @@ def format_shot(shot: Shot, placement: Placement) -> Iterator[str]:
             yield f"{choice.spec:>16}  is {choice.blocks}, by {choice.map_name}"
     if shot.attention:
         yield from format_attention(shot.attention)
+    for rule in shot.emphasis:
+        yield f"{'emphasis':>16}  {describe_emphasis(rule)}"
     yield from format_sigmas(shot)
     if shot.rules:
         yield from format_injection_table(shot)
@@ -116,6 +119,10 @@ def describe_rule(shot: Shot, index: int) -> str:
     strength = f"{values[0]:g}" if len(values) == 1 else f"{values[0]:g}..{values[-1]:g}"
     steps = format_ranges([step for step, _ in rule.steps])
     of = ", pictures" if rule.image else ""
+    if rule.words and rule.rows:
+        of = f", only {describe_words(rule.words, rule.rows)}"
+    if rule.nag:
+        of = ", away from it: scale {:g}, alpha {:g}, tau {:g}".format(*rule.nag)
     return f"{blocks} at {strength}, steps {steps}, {'+'.join(rule.branches)}{of}"
 
 
@@ -126,6 +133,19 @@ def format_attention(maps: AttentionSpec) -> Iterator[str]:
     yield f"{'attention':>16}  {truncate(', '.join(words), 62)}"
     for name, groups in (("blocks", maps.blocks), ("steps", maps.steps)):
         yield f"{'':>16}  {name} {truncate(' | '.join(group.label for group in groups), 56)}"
+
+
+def describe_words(words: str, rows: Sequence[int]) -> str:
+    """Describe words and their rows: `'red circle', rows 1-2`."""
+    return f"{quote(words)}, row{'s' if len(rows) > 1 else ''} {format_ranges(rows)}"
+
+
+def describe_emphasis(rule: EmphasisRule) -> str:
+    """Describe an emphasis: `'red circle', rows 1-2, counts 1.5 times, blocks 27-39, steps 0-11`."""
+    blocks, steps = (format_ranges([index for index, _ in chosen]) for chosen in (rule.blocks, rule.steps))
+    where = ", in a part of the video" if rule.area else ""
+    words = describe_words(rule.words, rule.rows)
+    return f"{words}, counts {rule.weight:g} times, blocks {blocks}, steps {steps}{where}"
 
 
 def format_lora(use: LoraUse) -> str:

@@ -172,10 +172,10 @@ def _locate_nonfinite(model: WanModel, run: DenoiseRun, x_CTYX: Tensor, step: in
 
 def check_hits(table: Table, cells_read: frozenset[tuple[int, Branch, int]]) -> None:
     """Raise InjectionMissed if a cell that a rule changed was never read by its block."""
-    for index, planned in enumerate(table.changed_cells):
+    for name, planned in zip(table.names, table.changed_cells, strict=True):
         missed = [cell for cell in planned if cell not in cells_read]
         if missed:
             raise InjectionMissed(
-                f"inject.{index} reached {len(planned) - len(missed)} of {len(planned)} planned cells",
+                f"{name} reached {len(planned) - len(missed)} of {len(planned)} planned cells",
                 hint="This render would not show the injection, so it is not kept.",
             )

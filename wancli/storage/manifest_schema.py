@@ -207,6 +207,14 @@ class AreaRecord(Data):
     tokens: Positive
 
 
+class NagRecord(Data):
+    """The settings of normalised attention guidance."""
+
+    scale: Strength
+    alpha: Strength
+    tau: Strength
+
+
 class RuleRecord(Data):
     """One injection: what was planned, and how often blocks read it. `text` is the id of its prompt or, if it
     has one, of its `picture`.
@@ -216,7 +224,7 @@ class RuleRecord(Data):
     blocks: Annotated[dict[Block, Strength], Field(min_length=1)]
     steps: Annotated[dict[Step, Strength], Field(min_length=1)]
     branches: Annotated[list[Branch], Field(min_length=1)]
-    blend: Literal["context-lerp", "output-mix", "replace", "concat"]
+    blend: Literal["context-lerp", "output-mix", "replace", "concat", "nag"]
     gain: Strength
     planned: Count
     hits: Count
@@ -226,12 +234,28 @@ class RuleRecord(Data):
     difference: DifferenceRecord | None = None  # of a prompt
     picture: InjectedPictureRecord | None = None
     area: AreaRecord | None = None  # None: the whole video
+    words: str | None = None  # that the rule was narrowed to,
+    rows: tuple[Count, ...] | None = None  # and their rows of its prompt
+    nag: NagRecord | None = None  # of the blend `nag`
 
     @model_validator(mode="after")
     def _is_of_one_kind(self) -> Self:
         if (self.difference is None) == (self.picture is None):
             raise ValueError("an injection has either `difference`, of its prompt, or `picture`")
         return self
+
+
+class EmphasisRecord(Data):
+    """Words of the prompt that count more or less: where, and how often blocks read them so."""
+
+    words: str
+    rows: Annotated[tuple[Count, ...], Field(min_length=1)]
+    weight: Annotated[Number, Field(gt=0, le=1e6)]
+    blocks: Annotated[tuple[Block, ...], Field(min_length=1)]
+    steps: Annotated[tuple[Step, ...], Field(min_length=1)]
+    planned: Count
+    hits: Count
+    area: AreaRecord | None = None  # None: the whole video
 
 
 class LoraRecord(Data):
@@ -329,6 +353,7 @@ class ShotRecord(Data):
     encoder_loaded: bool
     pictures: list[PictureRecord] = Field(default_factory=list)
     injection: list[RuleRecord]
+    emphasis: list[EmphasisRecord] = Field(default_factory=list)
     loras: list[LoraRecord] = Field(default_factory=list)
     effects: list[EffectRecord]
     first_step_after: float | None = None

@@ -254,6 +254,8 @@ def injected_shares(record: ShotRecord) -> list[dict[str, Any]]:
             rule.gain,
             rule.picture is not None,
             _area(rule.area) if rule.area else None,
+            rows=rule.rows,
+            nag=(rule.nag.scale, rule.nag.alpha, rule.nag.tau) if rule.nag else None,
         )
         for rule in record.injection
     ]

@@ -9,6 +9,7 @@ from wancli.pictures.sizes import official_area
 from wancli.storage.attention_schema import AttentionRecord
 from wancli.storage.manifest_schema import (
     AreaRecord,
+    EmphasisRecord,
     InjectedPictureRecord,
     LoraRecord,
     PromptRecord,
@@ -66,6 +67,7 @@ def build_job(record: ShotRecord, output: str) -> Job:
             "truncate": any(prompt.truncated for prompt in record.prompts),
         },
         "inject": rules,
+        **({"emphasis": [*map(_emphasis_entry, record.emphasis)]} if record.emphasis else {}),
         "loras": [_lora_entry(lora) for lora in record.loras],
         **({"attention": _attention_value(record.attention)} if record.attention else {}),
         "video": {"fps": shot.fps, "crf": shot.crf, "codec": shot.codec},
@@ -149,6 +151,18 @@ def _inject_entry(rule: RuleRecord, other: PromptRecord | InjectedPictureRecord)
         "blend": rule.blend,
         "gain": rule.gain,
         **(_area_keys(rule.area) if rule.area else {}),
+        **({} if rule.words is None else {"words": rule.words}),
+        **(rule.nag.as_dict() if rule.nag else {}),
+    }
+
+
+def _emphasis_entry(entry: EmphasisRecord) -> Job:
+    return {
+        "words": entry.words,
+        "weight": entry.weight,
+        "blocks": [*entry.blocks],
+        "steps": f"{min(entry.steps)}-{max(entry.steps)}",
+        **(_area_keys(entry.area) if entry.area else {}),
     }
 
 

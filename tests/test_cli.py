@@ -84,6 +84,8 @@ def test_these_are_all_commands_and_options_and_a_new_one_is_added_here_on_purpo
         "wancli decode NAME.latents.safetensors -o/--output --model --force --json --progress -q/--quiet",
         "wancli diff A B --file --model --dit/--no-dit --set --sweep --items --shard --json --cache-dir"
         " -q/--quiet",
+        "wancli attention VIDEO|LATENT --word --sigmas --blocks --prompt -o/--output --force --json"
+        " --cache-dir --progress -q/--quiet",
         "wancli probe JOB --method --levels --ranges --shot -o/--output --set --json --cache-dir --progress"
         " -q/--quiet",
         "wancli compare VIDEO... -o/--output --video --baseline --json --progress -q/--quiet",

@@ -18,6 +18,7 @@ import typer.main
 
 from wancli import __version__, stdio
 from wancli.commands import (
+    attention,
     cache,
     check,
     compare,
@@ -60,6 +61,7 @@ app.command("schema")(schema.schema_command)
 app.command("encode")(encode.encode_command)
 app.command("decode")(decode.decode_command)
 app.command("diff")(diff.diff_command)
+app.command("attention")(attention.attention_command)
 app.command("probe")(probe.probe_command)
 app.command("compare")(compare.compare_command)
 app.command("report")(report.report_command)

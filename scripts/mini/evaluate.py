@@ -122,11 +122,12 @@ def render(cases: Sequence[Case], out: Path, model: Path, jobs: int) -> dict[str
         paths.append(out / f"job-{start:04d}.yaml")
         paths[-1].write_text(json.dumps(job))
     with ThreadPoolExecutor(jobs) as pool:
-        list(pool.map(_render, paths))
+        list(pool.map(render_job, paths))
     return {case.name: recognise(frames(out / f"{case.name}.mp4")) for case in cases}
 
 
-def _render(job: Path) -> None:
+def render_job(job: Path) -> None:
+    """Render a job in a process of its own, as a user would."""
     command = [
         sys.executable,
         "-c",

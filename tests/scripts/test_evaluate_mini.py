@@ -6,11 +6,13 @@ import dataclasses
 from pathlib import Path
 
 import pytest
+import torch
 
-from scripts.mini import evaluate
+from scripts.mini import evaluate, word_maps
 from scripts.mini.evaluate import Case
 from scripts.mini.recognise import Seen, recognise
-from scripts.mini.world import ATTRIBUTES, HELD_OUT, Scene, draw_all
+from scripts.mini.world import ATTRIBUTES, HELD_OUT, Scene, cover_all, draw_all
+from wancli.storage.attention_file import AttentionFile
 from wancli.video import mp4
 
 
@@ -90,3 +92,21 @@ def test_a_case_without_a_rule_injects_nothing() -> None:
         "prompt": "red circle",
         "inject": [],
     }
+
+
+def test_a_map_on_the_shape_is_told_from_one_beside_it(tmp_path: Path) -> None:
+    """The maps are the shape's own shares of the tokens, and what is left of them."""
+    (case,) = evaluate.held_out_prompts(1)
+    clip_CTYX = draw_all([case.scene], evaluate.GRID)[0]
+    size = {"width": 64, "height": 64, "fps": 8, "frame_count": 9}
+    video = tmp_path / f"{case.name}.mp4"
+    mp4.write_mp4([mp4.to_rgb24(clip_CTYX)], video, **size, crf=1, codec="h264", comment="")
+    covered_TYX = cover_all([case.scene], evaluate.GRID)[0]
+    share_TYX = word_maps.token_shares(covered_TYX)
+    maps = torch.stack((share_TYX, 1 - share_TYX))[:, None, None].numpy()
+    file = AttentionFile(maps, word_maps.words_of(case), ("all",), ("all",), {})
+    (tmp_path / f"{case.name}.attention.npz").write_bytes(file.to_bytes())
+    found = word_maps.measure(case, tmp_path)
+    assert found is not None
+    assert found.shape > 2
+    assert found.background < 1

@@ -94,9 +94,14 @@ def write_overlay(record: ShotRecord, output: Path, context: RenderContext) -> A
     if problems := [*manifest.check_file(output.parent, found.maps)]:
         context.progress.warn(f"{problems[0]}; {output.name} has no attention maps")
         return None
-    file = attention_file.read(maps_path)
-    path = output.with_suffix(".attention.mp4")
     shot = record.shot
     info = VideoInfo(shot.frames, Fraction(shot.fps), shot.width, shot.height)
-    heat_overlay.write(path, output, info, file.maps_WGSTYX.mean(axis=(1, 2)), file.words)
+    path = draw_overlay(maps_path, output, info, output.with_suffix(".attention.mp4"))
     return AttentionRecord(**found.as_dict() | {"video": manifest.file_record(path, path.parent)})
+
+
+def draw_overlay(maps: Path, video: Path, info: VideoInfo, path: Path) -> Path:
+    """Draw the maps of a file over their video, each word in the mean over all groups, and return `path`."""
+    file = attention_file.read(maps)
+    heat_overlay.write(path, video, info, file.maps_WGSTYX.mean(axis=(1, 2)), file.words)
+    return path

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from wancli.report.html import collect, given_pictures, page_data
+from wancli.report.html.attention_panel import panel_entry
 from wancli.report.html.collect import ReportInputs
 from wancli.report.shots_table import COLUMNS
 from wancli.storage import disk, sidecars
@@ -22,9 +23,10 @@ from wancli.video import thumbnails
 
 ASSETS = Path(__file__).parent / "assets"
 SCRIPTS = (
-    "base", "figures", "memory_formulas", "overview", "explorer", "heatmap", "memory_section", "prompts",
-    "timing", "videos", "table", "main",
+    "base", "figures", "memory_formulas", "overview", "explorer", "heatmap", "attention", "memory_section",
+    "prompts", "timing", "videos", "table", "main",
 )  # fmt: skip
+MAX_WITH_MAPS = 40  # shots whose attention maps a page has, the first ones
 MAX_SAFE_INTEGER = 2**53 - 1  # Number.MAX_SAFE_INTEGER
 MARK = b"<!DOCTYPE html>\n<!-- wancli page -->"
 
@@ -42,14 +44,17 @@ def render_page(inputs: ReportInputs, path: Path, poster_folder: Path, *, make: 
     Copies of given pictures always are: a page after a render shows them.
     """
     posters, pictures = {}, {}
+    maps: dict[int, dict[str, Any]] = {}
     for index, (_, entry) in enumerate(inputs.entries):
         if entry.record:
             posters[index] = thumbnails.thumbnail_uri(
                 Path(entry.output), entry.record, poster_folder, create=make
             )
             pictures[index] = given_pictures.picture_entries(entry.record, poster_folder)
+            if len(maps) < MAX_WITH_MAPS and (found := panel_entry(entry.record, Path(entry.output))):
+                maps[index] = found
     shown = {index: uri for index, uri in posters.items() if uri}
-    return render_html(page_data.page_document(inputs, path, shown, pictures))
+    return render_html(page_data.page_document(inputs, path, shown, pictures, maps))
 
 
 def publish_page(path: Path, page: bytes) -> None:

@@ -64,15 +64,17 @@ def page_document(
     page: Path,
     posters: Mapping[int, str],
     pictures: Mapping[int, Sequence[Mapping[str, Any]]] | None = None,
+    maps: Mapping[int, Mapping[str, Any]] | None = None,
 ) -> dict[str, Any]:
-    """Build the document of a page at `page`. `posters` are data URIs and `pictures` the entries of given
-    pictures, by the number of an entry."""
+    """Build the document of a page at `page`. `posters` are data URIs, `pictures` the entries of given
+    pictures and `maps` those of attention maps, by the number of an entry."""
     pools = {name: _Pool() for name in POOLS}
     records = [entry.record for _, entry in inputs.entries if entry.record]
     cells = sum(len(effect.blocks) for record in records for effect in record.effects)
     shots = [
         _shot_entry(entry, job, pools, page, whole=cells <= MAX_CELLS)
         | {"poster": posters.get(index), "score": _comparison(inputs, entry)}
+        | {"attention": (maps or {}).get(index)}
         | {"pictures": [pools["pictures"].put(one) for one in (pictures or {}).get(index, ())]}
         for index, (job, entry) in enumerate(inputs.entries)
     ]
@@ -85,6 +87,7 @@ def page_document(
         "shots": shots,
         "models": models,
         **{name: pool.values for name, pool in pools.items()},
+        "attention": bool(maps),
         "maps": [entry for found in inputs.maps for entry in _map_entries(found)],
         "jobs": [_job_entry(report) for report in inputs.reports],
         "problems": inputs.problems,
@@ -118,6 +121,7 @@ def models_document(
         "shots": shots,
         "models": [_model_entry(model) for model in models],
         **empty,
+        "attention": False,
         "maps": [],
         "jobs": [],
         "problems": [],

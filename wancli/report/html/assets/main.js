@@ -14,6 +14,7 @@ function select(index) {
   drawMemory(shot);
   if (data.rendered) {
     drawMaps(shot);
+    drawAttention(shot);
     drawPrompts(shot);
     drawTime(shot);
     drawAgain(shot);

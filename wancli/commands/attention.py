@@ -47,7 +47,7 @@ def attention_command(
     """
     from wancli.engine import attention_levels, attention_stage
     from wancli.engine.context import RenderContext
-    from wancli.report import recorded_shot
+    from wancli.report.html import recorded_shot
     from wancli.storage import disk
     from wancli.video.mp4 import VideoInfo
 

@@ -63,7 +63,7 @@ def test_what_cannot_be_mapped_is_refused_before_a_model_is_loaded(
     for source, options, code, problem in (
         (clip, ("--word", "dog"), 2, "attention.words.0: the prompt has no 'dog'"),
         (clip, ("--word", "cat", "--blocks", "9"), 2, "9 is past the last block (3)"),
-        (clip, ("--word", "cat", "--sigmas", "1.5"), 2, "'1.5' is no list of noise levels"),
+        (clip, ("--word", "cat", "--sigmas", "1.5"), 2, "'1.5' is not a list of noise levels"),
         (clip, ("--word", "cat", "-o", tmp_path / "out/taken.npz"), 2, "already exists"),
         (clip, ("--word", "cat", "-o", tmp_path / "out/maps.zip"), 2, "does not end in .npz"),
         (alone, ("--word", "cat"), 2, "has no manifest beside it"),

@@ -81,5 +81,5 @@ def _parse_sigmas(text: str) -> list[float]:
     except ValueError:
         levels = []
     if not levels or any(not 0 < level <= 1 for level in levels):
-        raise JobError(f"{text!r} is no list of noise levels above 0 and up to 1", where="--sigmas")
+        raise JobError(f"{text!r} is not a list of noise levels above 0 and up to 1", where="--sigmas")
     return levels

@@ -47,13 +47,13 @@ CASES: list[tuple[dict[str, Any], str]] = [
 
 @pytest.fixture
 def shot(
-    render: Callable[..., CommandResult], tmp_path: Path, shallow: Path, warm: Path
+    render: Callable[..., CommandResult], tmp_path: Path, known: Path, warm: Path
 ) -> Callable[..., Shot]:
     """The only shot of a job beside a video that the tiny job with a rule has made."""
     assert render(inject=[rule(blocks="all")]).code == 0
 
     def planned(**changes: Any) -> Shot:
-        job = write_job(tmp_path, tiny_job(**{"model": shallow, "inject": [rule(blocks="all")]} | changes))
+        job = write_job(tmp_path, tiny_job(**{"model": known, "inject": [rule(blocks="all")]} | changes))
         return planning.build_plan(load(job), warm / "hashes.json").shots[0]
 
     return planned

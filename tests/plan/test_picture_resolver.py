@@ -83,18 +83,53 @@ def test_size_and_fit_follow_from_the_model_the_picture_and_the_job(
     assert fits(folder, variant, **{"image": "cat.png", **keys}) == (fit, size)
 
 
-@pytest.mark.parametrize("variant", [FLF2V, I2V_A14B])
-def test_a_last_frame_of_another_size_is_cropped_to_the_video(folder: Path, variant: Variant) -> None:
-    image = {"first": "cat.png", "last": "wide.png"}
-    pictures, size = resolve(folder, variant, image=image, size={"area": 4096})
+AREA = {"area": 4096}
+
+
+@pytest.mark.parametrize(
+    ("variant", "last", "keys", "fit", "crop"),
+    [
+        (I2V_A14B, "cat.png", {"size": AREA}, "stretch", None),
+        (I2V_A14B, "wide.png", {"size": AREA}, "crop", None),
+        (FLF2V, "cat.png", {"size": AREA}, "stretch", None),
+        # To cover 157x111, 1664x960 is scaled by 111/960 to 192x111; width and height are exchanged.
+        (FLF2V, "wide.png", {"size": AREA}, "stretch", (111, 192)),
+        (FLF2V, "wide.png", {}, "stretch", (111, 192)),
+        (FLF2V, "wide.png", {"size": "64x48"}, "crop", None),
+        (FLF2V, "wide.png", {"size": AREA, "fit": "crop"}, "crop", None),
+        (FLF2V, "wide.png", {"size": AREA, "preprocess": "diffusers"}, "stretch", None),
+        (FLF2V, "wide.png", {"size": AREA, "preprocess": "comfy"}, "crop", None),
+    ],
+)
+def test_a_last_frame_of_another_size_is_cropped_to_the_video_or_as_the_official_code_does(
+    folder: Path, variant: Variant, last: str, keys: dict[str, Any], fit: str, crop: tuple[int, int] | None
+) -> None:
+    options = {key: keys[key] for key in ("fit", "preprocess") if key in keys}
+    image = {"first": "cat.png", "last": last, **options}
+    pictures, _ = resolve(folder, variant, image=image, **{key: keys[key] for key in keys.keys() - options})
     assert pictures
     assert pictures.last
-    assert size == (64, 48)
-    assert (pictures.first.how.fit, pictures.last.how.fit) == ("stretch", "crop")
-    same, _ = resolve(folder, variant, image=image | {"last": "cat.png"}, size={"area": 4096})
-    assert same
-    assert same.last
-    assert same.last.how.fit == "stretch"
+    source = pictures.last.source
+    assert isinstance(source, PictureFile)
+    assert (pictures.last.how.fit, source.crop) == (fit, crop)
+    assert any("as the official code does" in note for note in source.facts.notes) == bool(crop)
+
+
+@pytest.mark.parametrize(
+    ("size", "crop", "grey"), [((314, 222), (111, 157), False), ((300, 210), (111, 159), False),
+                               ((160, 112), (111, 159), True), ((50, 40), (126, 157), True)]
+)  # fmt: skip
+def test_the_warning_of_the_official_crop_speaks_of_grey_only_if_there_is_any(
+    folder: Path, size: tuple[int, int], crop: tuple[int, int], grey: bool
+) -> None:
+    Image.new("RGB", size).save(folder / "last.png")
+    pictures, _ = resolve(folder, FLF2V, image={"first": "cat.png", "last": "last.png"})
+    assert pictures
+    _, last = pictures.files
+    assert last.crop == crop
+    (note,) = last.facts.notes
+    assert f"a middle of {crop[0]}x{crop[1]} is taken" in note
+    assert ("grey" in note) == grey
 
 
 @pytest.mark.parametrize(

@@ -114,9 +114,10 @@ def _crop_last(last: PictureFile, options: ImageOptions, first: Size) -> Picture
     crop = official_crop(first, last.size) if options.preprocess == "official" and not options.fit else None
     if crop is None:
         return last
+    grey = " with grey around it," if crop[0] > last.size[0] or crop[1] > last.size[1] else ""
     note = (
-        f"it has not the size of the first picture, so a middle of {crop[0]}x{crop[1]} is taken, with grey "
-        "around it, as the official code does; `fit: crop` fills the frame"
+        f"it has not the size of the first picture, so a middle of {crop[0]}x{crop[1]} is taken,{grey} and "
+        "stretched to the frame, as the official code does; `fit: crop` keeps its aspect"
     )
     return replace(last, crop=crop, facts=replace(last.facts, notes=(*last.facts.notes, note)))
 

@@ -149,7 +149,7 @@ def test_a_chain_goes_on_in_its_middle_after_a_kill_and_after_a_stop(
 def claim_elsewhere(plan: Plan, id: str) -> Path:
     """Claim a shot as a worker on another host does."""
     path = claim_path(next(shot for shot in plan.shots if shot.id == id))
-    path.parent.mkdir(parents=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps({"host": "other", "pid": 7, "born": "1", "started": "now", "token": "x"}))
     return path
 
@@ -191,3 +191,15 @@ def test_a_worker_that_does_not_wait_leaves_a_chain_to_the_worker_that_has_its_f
         with pytest.raises(ClaimedElsewhere, match="2 shots are claimed by other workers: other:7"):
             over.extend((outcome.shot.id, outcome.status) for outcome in render(plan, context))
     assert sorted(over) == [("c0", "elsewhere"), ("c1", "elsewhere"), ("p00", "rendered")]
+
+
+def test_a_worker_makes_a_missing_frame_if_the_worker_that_was_to_make_it_has_not(make: Make) -> None:
+    assert make(chain("e0")).start().communicate()[1].count("failed") == 0
+    job = make(chain("e0", "e1"))
+    plan = build_plan(load(job.job), job.cache / "hashes.json")
+    notes = Notes(claim_elsewhere(plan, "e0").unlink)
+    with Claims() as claims:
+        context = RenderContext(Store(job.cache / "embeddings"), notes, claims=claims)
+        over = [(outcome.shot.id, outcome.status) for outcome in render(plan, context)]
+    assert over == [("e0", "rendered"), ("e1", "rendered")]
+    assert notes.notes == ["waiting for shot e0, rendered by other:7"]

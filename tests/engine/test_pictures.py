@@ -473,6 +473,12 @@ CHAIN = [
 OF_CHAIN: dict[str, Any] = {"image": None, "output": "out/{id}.mp4", "items": CHAIN}
 
 
+def statuses(folder: Path) -> dict[str, str]:
+    """What became of the shots by their ids, by the report."""
+    report = json.loads((folder / "out/job.report.json").read_text())
+    return {shot["id"]: shot["status"] for shot in report["shots"]}
+
+
 def decoded(path: Path) -> np.ndarray:
     return np.array([np.frombuffer(frame.rgb, np.uint8) for frame in mp4.read_frames(path)])
 
@@ -562,9 +568,7 @@ def test_shots_that_only_continue_a_failed_one_do_not_count_as_failures(
         shutil.rmtree(tmp_path / "out", ignore_errors=True)
         said = render("--max-failures", limit, **OF_CHAIN | {"items": chains})
         assert said.code == 1
-        report = json.loads((tmp_path / "out/job.report.json").read_text())
-        statuses = {shot["id"]: shot["status"] for shot in report["shots"]}
-        assert [*statuses.values()].count("not started") == not_started
+        assert [*statuses(tmp_path).values()].count("not started") == not_started
         assert ("2 of them only because the shot that they continue failed" in said.err) == (limit == "3")
 
 
@@ -600,6 +604,24 @@ def test_a_finished_shot_without_the_kept_frame_is_decoded_or_rendered_again_for
     assert not kept.exists()
 
 
+def test_a_kept_frame_that_cannot_be_read_fails_the_shot_that_begins_with_it_alone(
+    render: Render, tmp_path: Path
+) -> None:
+    a, b = CHAIN[1], CHAIN[2]
+    keys = OF_CHAIN | {"video": {}, "sampler": {"steps": 1}}
+    assert render(**keys | {"items": [a]}).code == 0
+    kept = tmp_path / "out/a.frame4.png"
+    kept.mkdir()
+    others = [{"id": "c", "image": {"shot": "b"}}, {"id": "d", "image": str(PICTURE), "seed": 4}]
+    said = render(**keys | {"items": [a, b, *others]})
+    assert said.code == 3, said.err
+    assert f"shot b: {kept}: cannot be read" in said.err
+    assert statuses(tmp_path) == {"a": "already done", "b": "failed", "c": "failed", "d": "rendered"}
+    kept.rmdir()
+    assert render(**keys | {"items": [a, b, *others]}).code == 0
+    assert statuses(tmp_path) == {"a": "rendered", "b": "rendered", "c": "rendered", "d": "already done"}
+
+
 def test_a_shot_in_the_middle_of_a_chain_is_rendered_again_with_those_before_that_it_needs(
     render: Render, tmp_path: Path
 ) -> None:
@@ -615,9 +637,7 @@ def test_a_shot_in_the_middle_of_a_chain_is_rendered_again_with_those_before_tha
     said = render(**keys | {"items": [*CHAIN, more]})
     assert said.code == 0, said.err
     assert [Path(line).stem for line in said.out.split()] == ["c", "a", "b", "d"]
-    report = json.loads((tmp_path / "out/job.report.json").read_text())
-    statuses = {shot["id"]: shot["status"] for shot in report["shots"]}
-    assert statuses == {"a": "rendered", "b": "rendered", "c": "already done", "d": "rendered"}
+    assert statuses(tmp_path) == {"a": "rendered", "b": "rendered", "c": "already done", "d": "rendered"}
 
 
 def test_the_workers_of_ray_refuse_a_chain_before_they_start(render: Render) -> None:

@@ -13,6 +13,7 @@ from dataclasses import replace
 
 from wancli.engine import shot_state
 from wancli.engine.context import RenderContext
+from wancli.engine.kept_frames import lacks_frames
 from wancli.engine.networks import ModelCache, Networks
 from wancli.engine.outcome import Outcome, failed_outcome
 from wancli.engine.pipeline import render_model
@@ -137,7 +138,7 @@ def _find_finished(released: Sequence[Shot], context: RenderContext) -> Iterator
     """Yield the outcomes of shots that other workers have finished, or whose files cannot be read."""
     for shot in released:
         with ErrorCapture() as attempt:
-            if not context.force and is_finished(shot):
+            if not context.force and is_finished(shot) and not lacks_frames(shot):
                 yield Outcome(shot, "already done", manifest.read_if_usable(shot.manifest))
         if attempt.error:
             yield failed_outcome(shot, attempt)

@@ -103,14 +103,18 @@ def _add_shots_without_frames(
     while queue:
         shot = queue.pop()
         before = by_index.get(shot.continues.shot) if shot.continues else None
-        if before is None or before.index in needed or not _reads_pictures(shot, context):
+        if before is None or before.index in needed:
             continue
-        if lacks_frames(before):
-            needed[before.index] = before
-            queue.append(before)
+        try:
+            if not _reads_pictures(shot, context) or not lacks_frames(before):
+                continue
             again = "decoded" if _has_latent(before) else "rendered"
-            why = f"shot {shot.id} begins with a frame of it, not found"
-            context.progress.warn(f"shot {before.id} is done, and is {again} again: {why}")
+        except Unreadable:  # it fails the shot alone, which may be tried again
+            continue
+        needed[before.index] = before
+        queue.append(before)
+        why = f"shot {shot.id} begins with a frame of it, not found"
+        context.progress.warn(f"shot {before.id} is done, and is {again} again: {why}")
     return [shot for shot in shots if shot.index in needed]
 
 

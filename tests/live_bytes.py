@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -42,3 +43,13 @@ class LiveBytes(TorchDispatchMode):
 def consume(pieces: Iterator[Tensor]) -> None:
     for _ in pieces:
         pass
+
+
+def most_live_bytes(run: Callable[[], object]) -> int:
+    """The most bytes that torch had allocated at a time while `run` ran, above those before."""
+    with torch.profiler.profile(profile_memory=True) as profiler:
+        run()
+    assert profiler.profiler is not None
+    events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
+    events.sort(key=lambda event: event.start_ns())
+    return max(itertools.accumulate(event.nbytes() for event in events))

@@ -5,17 +5,14 @@ from __future__ import annotations
 import pytest
 import torch
 from image_cases import FIXTURES, Case, all_cases
-from live_bytes import LiveBytes
 from oracles import relative_error
 
 from wancli.models import vae as vae_module
-from wancli.models import vae_layers
 from wancli.models.config import VAE22Config, VAEConfig
 from wancli.models.given_frames import GivenFrames, encode_channels, encode_picture, frame_mask
 from wancli.models.vae import LATENT_MEAN, LATENT_STD, VAE, WanVAE
 from wancli.models.vae22 import WanVAE22
 from wancli.models.vae_layers import CausalCache, ResidualBlock
-from wancli.resources import memory_model
 
 
 @pytest.fixture(scope="module")
@@ -114,27 +111,3 @@ def test_a_layer_settles_after_the_chunks_that_it_looks_back(vae: VAE) -> None:
         lag += vae_module.settling_chunks(layer, frames[index])
         of_chunks = outputs[index][1:]
         assert all(torch.equal(of_chunks[lag], later) for later in of_chunks[lag:])
-
-
-# ---- memory ----
-
-
-@pytest.mark.parametrize("config", [VAEConfig(dim=4), VAE22Config(dim=4, dec_dim=8)], ids=["2.1", "2.2"])
-def test_what_encoding_needs_is_predicted(
-    config: VAEConfig | VAE22Config, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(vae_layers, "SLICE_VALUES", 1)  # as thin as the strips of a real frame
-    monkeypatch.setattr(vae_layers, "MIN_SLICE_ROWS", 4)
-    network = WanVAE22(config) if isinstance(config, VAE22Config) else WanVAE(config)
-    stride, z = (16, 48) if isinstance(config, VAE22Config) else (8, 16)
-    frames = [torch.zeros(3, n, 8 * stride, 8 * stride) for n in ((1,) if stride == 16 else (1, 4, 4))]
-    cache = CausalCache()
-    with torch.no_grad(), LiveBytes() as live:
-        for chunk in frames:
-            network.encode_chunk(chunk, cache)
-    kept = sum(past.nbytes for past in cache.frames.values())
-    phase = memory_model.given_frames_phase(config, (z, 5, 8, 8))
-    # Two rows of overlap are an eighth of a strip of 16 rows, and half of one of four.
-    assert 0.9 * phase.buffer < kept * (18 / 16) / (6 / 4) < 1.1 * phase.buffer
-    # Strips and transformed kernels are large beside so small frames.
-    assert 0.75 * phase.activation < live.peak - kept < 1.7 * phase.activation

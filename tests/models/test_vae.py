@@ -12,7 +12,7 @@ from live_bytes import LiveBytes, consume
 from safetensors.torch import load_file
 from torch import Tensor
 
-from wancli.models import vae_layers
+from wancli.models import row_slices, vae_layers
 from wancli.models.config import VAEConfig
 from wancli.models.vae import LATENT_MEAN, LATENT_STD, WanVAE
 from wancli.models.vae_layers import CausalCache, phase_kernels
@@ -183,8 +183,8 @@ def test_row_slices_do_not_change_the_result(
 ) -> None:
     z, frames = latent(3, 5, 6), video(9, 40, 48)
     whole = clip(pair[0], z), pair[0].encode(frames)
-    monkeypatch.setattr(vae_layers, "SLICE_VALUES", 1)
-    monkeypatch.setattr(vae_layers, "MIN_SLICE_ROWS", 3)
+    monkeypatch.setattr(row_slices, "SLICE_VALUES", 1)
+    monkeypatch.setattr(row_slices, "MIN_SLICE_ROWS", 3)
     monkeypatch.setattr(vae_layers, "QUERY_ROWS", 7)
     assert (clip(pair[0], z) - whole[0]).abs().max() < 1e-5
     assert (pair[0].encode(frames) - whole[1]).abs().max() < 1e-5

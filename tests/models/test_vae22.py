@@ -13,7 +13,7 @@ from live_bytes import LiveBytes, consume
 from torch import Tensor
 
 from wancli.errors import CheckpointError
-from wancli.models import parameter_count, vae_layers
+from wancli.models import parameter_count, row_slices
 from wancli.models.config import VAE22Config, VAEConfig
 from wancli.models.vae22 import (
     LATENT_MEAN,
@@ -153,8 +153,8 @@ def test_a_clip_comes_as_one_frame_and_then_four_for_each_latent_frame_of_the_ch
 def test_row_slices_do_not_change_the_result(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
     z, frames = latent(3, 3, 2), video(9, 32, 48)
     whole = clip(pair[0], z), pair[0].encode(frames)
-    monkeypatch.setattr(vae_layers, "SLICE_VALUES", 1)
-    monkeypatch.setattr(vae_layers, "MIN_SLICE_ROWS", 3)
+    monkeypatch.setattr(row_slices, "SLICE_VALUES", 1)
+    monkeypatch.setattr(row_slices, "MIN_SLICE_ROWS", 3)
     assert (clip(pair[0], z) - whole[0]).abs().max() < 1e-5
     assert (pair[0].encode(frames) - whole[1]).abs().max() < 1e-5
 
@@ -231,8 +231,8 @@ def test_a_vae_of_any_size_is_counted_exactly(config: VAE22Config) -> None:
 
 
 def test_what_decoding_needs_is_predicted(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(vae_layers, "SLICE_VALUES", 1)  # as thin as the strips of a real frame
-    monkeypatch.setattr(vae_layers, "MIN_SLICE_ROWS", 4)
+    monkeypatch.setattr(row_slices, "SLICE_VALUES", 1)  # as thin as the strips of a real frame
+    monkeypatch.setattr(row_slices, "MIN_SLICE_ROWS", 4)
     config, stream = VAE22Config(4, 8), CausalCache()
     vae = WanVAE22(config).requires_grad_(False)
     z = latent(7, 8, 8)

@@ -1,11 +1,9 @@
 from __future__ import annotations
 
-import itertools
 import mmap
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -14,6 +12,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from live_bytes import most_live_bytes
 
 from wancli.models import parameter_count, t5
 from wancli.models.clip import CLIPVision
@@ -129,16 +128,6 @@ def test_the_published_models_streamed_in_bf16_need_a_tenth_of_their_weights():
     ) < 0.1 * memory_model.wan_bytes(T2V_14B, element_bytes=2)
     layer = 4 * 4096 * 4096 + 3 * 4096 * 10240
     assert memory_model.t5_bytes(UMT5_XXL, element_bytes=2, streamed=True) == 2 * (4_630_761_472 - 22 * layer)
-
-
-def most_live_bytes(run: Callable[[], object]) -> int:
-    """The most bytes that torch had allocated at a time while `run` ran, above those before."""
-    with torch.profiler.profile(profile_memory=True) as profiler:
-        run()
-    assert profiler.profiler is not None
-    events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
-    events.sort(key=lambda event: event.start_ns())
-    return max(itertools.accumulate(event.nbytes() for event in events))
 
 
 @torch.no_grad()

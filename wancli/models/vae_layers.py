@@ -9,17 +9,15 @@ and the same clip in several chunks on one cache give the same result.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from wancli.models.row_slices import row_slices
 from wancli.models.winograd import conv_frame, conv_over_time, group_sizes, transform_kernels
 
-SLICE_VALUES = 2**19  # values of a row slice: a frame is processed in slices that stay in the cache
-MIN_SLICE_ROWS = 16  # of a slice, because each slice also reads one row above and one below
 QUERY_ROWS = 4096  # attention rows at a time: the N x N matrix of a large frame never exists
 
 
@@ -111,13 +109,6 @@ def _causal_conv_sliced(
             else:
                 out_YXO.add_(y_YXO)
     return out_TYXO
-
-
-def row_slices(height: int, width: int, channels: int) -> Iterator[tuple[int, int]]:
-    """Yield the first row and the row after the last of each slice, from the top."""
-    step = max(MIN_SLICE_ROWS, SLICE_VALUES // (width * channels))
-    for top in range(0, height, step):
-        yield top, min(top + step, height)
 
 
 def padded_rows(x_TYXC: Tensor, top: int, bottom: int, norm: RMSNorm | None = None) -> Tensor:

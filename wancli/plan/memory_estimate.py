@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from wancli.models.config import Dtype, T5Config, VAE22Config, VAEConfig, WanConfig, compute_dtype
-from wancli.resources import memory_model
+from wancli.resources import encoder_memory, memory_model
 from wancli.resources.memory_model import (
     DecodeCoefficients,
     EncodeCoefficients,
@@ -72,7 +72,7 @@ def predict_pictures(shot: Shot, resident_bytes: int = 0) -> Phase:
     `resident_bytes` are those of other networks in memory.
     """
     clip = _predict_clip(shot)
-    phase = memory_model.given_frames_phase(
+    phase = encoder_memory.given_frames_phase(
         shot.model.vae_sizes, shot.latent_shape, resident_bytes=clip.model + resident_bytes
     )
     return replace(phase, activation=max(phase.activation, clip.activation))

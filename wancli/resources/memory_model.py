@@ -186,22 +186,6 @@ def decode_coefficients(vae: VAEConfig | VAE22Config, *, mapped: bool = False) -
     )
 
 
-def given_frames_phase(
-    vae: VAEConfig | VAE22Config, latent: tuple[int, int, int, int], *, resident_bytes: int = 0
-) -> Phase:
-    """Predict the encoding of given frames to a latent [z, T, Y, X], four frames at a time.
-
-    The first stage, at full size, is the largest: a residual block holds its input and one hidden copy. The
-    buffer is the past two frames of every causal convolution. The 2.2 VAE encodes one frame only.
-    """
-    _, t, y, x = latent
-    channels, frames = (12, 1) if isinstance(vae, VAE22Config) else (3, min(4, 4 * t - 3))
-    pixels = 64 * y * x  # of the first stage
-    activation = frames * pixels * (2 * vae.dim + 2 * channels) * FP32
-    buffer = 2 * pixels * encoder_history_channels(vae) * FP32 * 18 / 16
-    return Phase("pictures", resident_bytes + vae_parameters(vae) * FP32, activation, round(buffer))
-
-
 def clip_phase(clip: CLIPConfig, *, pictures: int, element_bytes: int) -> Phase:
     """Predict the encoding of pictures by CLIP: pixels and their patches, the residual before and in a block,
     its norm, and q, k, v and what they mix, or the wide activations of the feed-forward.
@@ -282,19 +266,6 @@ def t5_bytes(t5: T5Config, *, element_bytes: int, streamed: bool = False) -> int
         matrices = 4 * t5.d_model * t5.d_kv * t5.num_heads + 3 * t5.d_model * t5.d_ff
         parameters -= t5.vocab_size * t5.d_model + (t5.num_layers - 2) * matrices
     return parameters * element_bytes
-
-
-def encoder_history_channels(vae: VAEConfig | VAE22Config) -> float:
-    """Sum the input channels of the encoder's causal convolutions, per pixel of its first stage."""
-    widths = [vae.dim * m for m in vae.dim_mult]
-    total: float = 12 if isinstance(vae, VAE22Config) else 3
-    c_in, pixels = vae.dim, 1.0
-    for c, in_time in zip(widths, (*vae.temporal_downsample, None), strict=True):
-        total += pixels * (c_in + c + (vae.num_res_blocks - 1) * 2 * c)
-        if in_time is not None:
-            c_in, pixels = c, pixels / 4
-            total += pixels * c / 2 if in_time else 0  # the last frame alone
-    return total + pixels * 5 * widths[-1]  # two blocks in the middle, and the head
 
 
 def history_channels(vae: VAEConfig | VAE22Config) -> int:

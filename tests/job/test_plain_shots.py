@@ -67,6 +67,14 @@ def test_none_is_added_if_the_job_has_it_or_does_not_want_it() -> None:
     assert not added(BASE.replace("compare: true\n", ""))
 
 
+@pytest.mark.parametrize(
+    "key", ["measure: true", "attention: {words: [cat]}", "batch: 2", "memory: {chunk: 256}"]
+)
+def test_a_shot_that_is_only_rendered_in_another_way_is_the_plain_one(key: str) -> None:
+    items = f"items: [{{id: plain, {key}}}, {{id: fish, inject: [{{prompt: fish}}]}}]"
+    assert not added(f"prompt: a cat\ncompare: true\n{items}\n")
+
+
 def test_an_added_shot_may_be_the_baseline_of_all() -> None:
     assert [*added(BASE.replace("true", "{baseline: seed11-plain}"))] == ["seed11-plain", "seed23-plain"]
 

@@ -29,6 +29,7 @@ _ASIDE = {
     "loras",
     "join",
     "measure",
+    "attention",
     "compare",
     "batch",
     "save_every",

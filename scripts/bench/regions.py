@@ -61,7 +61,8 @@ IN_CHUNKS = ("plain", "hard region, right half", "frames 0-8")
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=5)
-    rounds = parser.parse_args().rounds
+    parser.add_argument("--layer", action="store_true", help="measure cross-attention alone")
+    options = parser.parse_args()
     torch.manual_seed(0)
     whole = WanModel(CONFIG).eval()
     chunked = WanModel(CONFIG, ComputeOptions(chunk=CHUNK)).eval()
@@ -71,7 +72,9 @@ def main() -> None:
     areas = TokenAreas.of_latent(x_BCTYX[0])
     x_BLD = torch.randn(1, GRID[0] * GRID[1] * GRID[2] // 4, CONFIG.dim)
     runs: dict[tuple[str, str], Callable[[], object]] = {}
-    for name, model in (("forward", whole), (f"forward, chunks of {CHUNK:,}", chunked)):
+    for name, model in (
+        () if options.layer else (("forward", whole), (f"forward, chunks of {CHUNK:,}", chunked))
+    ):
         cache = ContextCache(model, texts)
         for cell_name in CELLS if model is whole else IN_CHUNKS:
             cell = CELLS[cell_name]
@@ -81,7 +84,7 @@ def main() -> None:
     for cell_name, cell in CELLS.items():
         runs["cross-attention", cell_name] = partial(block.cross_attn, x_BLD, cache.mix(cell, areas))
     seconds = {key: float("inf") for key in runs}
-    for _ in range(rounds):
+    for _ in range(options.rounds):
         for key, run in runs.items():
             start = time.perf_counter()
             run()
@@ -96,7 +99,7 @@ def main() -> None:
 
     rows = [[reads, *(to_cell(name, reads) for name in columns)] for reads in CELLS]
     print(table(["reads", *(f"{name}, s" for name in columns)], rows))
-    print(f"- {describe_machine()}; fastest of {rounds} runs, in turn")
+    print(f"- {describe_machine()}; fastest of {options.rounds} runs, in turn")
 
 
 if __name__ == "__main__":

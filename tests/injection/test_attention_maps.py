@@ -16,7 +16,7 @@ from wancli.injection.attention_maps import AttentionMaps, word_probabilities
 from wancli.injection.attention_spec import AttentionSpec, Group
 from wancli.injection.contexts import ContextCache, Effect
 from wancli.injection.table import Branch, CellRule, Rule, Table
-from wancli.injection.tuning import EmphasisRule
+from wancli.injection.tuning import EmphasisRule, SteerRule
 from wancli.models.config import ComputeOptions, WanConfig
 from wancli.models.dit import WanModel
 from wancli.sampling.denoise import DenoiseRun, StepResult, denoise, denoise_batch, draw_noise
@@ -160,6 +160,28 @@ def test_emphasis_is_in_the_softmax_of_the_blocks_that_have_it() -> None:
     for emphasised, odds in zip(found, (1, 2)):
         expected_L = torch.stack([odds * x / (1 + odds * x) for x in odds_HL]).mean(0)
         torch.testing.assert_close(emphasised, expected_L, rtol=2e-5, atol=1e-9)
+
+
+@torch.inference_mode()
+def test_steering_is_in_the_keys_of_the_blocks_that_have_it() -> None:
+    model = make_model()
+    spec = replace(
+        SPEC, words=("stripes",), rows=((3,),), blocks=(Group((2,), "2"),), steps=(Group((0,), "0"),)
+    )
+    rule = SteerRule(("other",), ("negative",), ((2, 0.7),), ((0, 1.0),))
+    run = make_run(model, AttentionMaps.zeros(spec, 72), rules=[rule])
+    rows, layer = run.contexts._rows_NE, model.blocks[2].cross_attn
+    heads: list[Tensor] = []
+    hook = layer.norm_q.register_forward_hook(lambda _, __, q: heads.append(q[0].double()))
+    found_L = sums(sample(model, run).attention)[0, 0, 0].double()
+    hook.remove()
+    all_ND = {id: model.text_embedding(F.pad(own, (0, 0, 0, 512 - len(own)))) for id, own in rows.items()}
+    means = {id: all_ND[id][: len(own)].mean(0) for id, own in rows.items()}
+    all_ND["main"][:6] += 0.7 * (means["other"] - means["negative"])
+    k_NHK = layer.norm_k(layer.k(all_ND["main"])).double().unflatten(-1, (2, 24))
+    q_LHK = heads[0].unflatten(-1, (2, 24))
+    scores_HLN = torch.einsum("lhk,nhk->hln", q_LHK, k_NHK) / math.sqrt(24)
+    torch.testing.assert_close(found_L, scores_HLN.softmax(-1)[:, :, 3].mean(0), rtol=2e-5, atol=1e-9)
 
 
 @torch.inference_mode()

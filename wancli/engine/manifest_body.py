@@ -68,6 +68,7 @@ def build_record(
         pictures=[*pictures],
         injection=_rule_records(shot, reads, differences, injected_pictures),
         **({"emphasis": _emphasis_records(shot, reads)} if shot.emphasis else {}),
+        **({"steer": _steer_records(shot, reads)} if shot.steering else {}),
         loras=_lora_records(shot, loras),
         effects=list(effects),
         first_step_after=first_step_after,
@@ -273,6 +274,25 @@ def _emphasis_records(shot: Shot, reads: Iterable[tuple[int, str, int]]) -> list
             **({"area": _area_record(rule.area, shot)} if rule.area else {}),
         }
         for rule, planned in zip(shot.emphasis, shot.table.changed_cells[len(shot.rules) :])
+    ]
+
+
+def _steer_records(shot: Shot, reads: Iterable[tuple[int, str, int]]) -> list[Record]:
+    """Describe the steering vectors: the planned cells, and those that blocks read."""
+    cells = set(reads)
+    return [
+        {
+            "toward": list(rule.toward),
+            "away": list(rule.away),
+            "blocks": dict(rule.blocks),
+            "steps": dict(rule.steps),
+            "planned": len(planned),
+            "hits": sum(cell in cells for cell in planned),
+            **({"area": _area_record(rule.area, shot)} if rule.area else {}),
+        }
+        for rule, planned in zip(
+            shot.steering, shot.table.changed_cells[len(shot.rules) + len(shot.emphasis) :]
+        )
     ]
 
 

@@ -8,6 +8,7 @@ from wancli.errors import EntryError
 from wancli.injection.area import Area
 from wancli.injection.table import Rule
 from wancli.injection.timeline import Timeline
+from wancli.injection.tuning import SteerRule
 from wancli.plan.pictures import InjectedPicture
 from wancli.plan.shot import Prompt, Shot
 from wancli.storage import manifest
@@ -17,6 +18,7 @@ from wancli.storage.manifest_schema import (
     PromptRecord,
     RuleRecord,
     ShotRecord,
+    SteerRecord,
     TimelineRecord,
 )
 
@@ -82,6 +84,7 @@ def _diff(record: ShotRecord, shot: Shot) -> Iterator[Difference]:
             yield key, str(old), str(new)
     yield from _diff_rules(record, shot)
     yield from _diff_emphasis(record, shot)
+    yield from _diff_steering(record, shot)
     yield from _diff_loras(record, shot)
 
 
@@ -149,14 +152,7 @@ def _diff_rules(record: ShotRecord, shot: Shot) -> Iterator[Difference]:
         yield "inject", "", ""
         return
     for i, (old, new) in enumerate(zip(record.injection, shot.rules)):
-        for key, strength_key, recorded, strengths in (
-            ("blocks", "strength", old.blocks, dict(new.blocks)),
-            ("steps", "step_strength", old.steps, dict(new.steps)),
-        ):
-            if recorded.keys() != strengths.keys():
-                yield f"inject.{i}.{key}", "", ""
-            elif recorded != strengths:
-                yield f"inject.{i}.{strength_key}", "", ""
+        yield from _diff_strengths(f"inject.{i}", old, new)
         if old.branches != list(new.branches):
             yield f"inject.{i}.branch", "+".join(old.branches), "+".join(new.branches)
         if old.blend != new.blend:
@@ -165,6 +161,17 @@ def _diff_rules(record: ShotRecord, shot: Shot) -> Iterator[Difference]:
             yield f"inject.{i}.gain", str(old.gain), str(new.gain)
         yield from _diff_areas(f"inject.{i}", old.area, new.area)
         yield from _diff_words(f"inject.{i}", old, new)
+
+
+def _diff_strengths(rule: str, old: RuleRecord | SteerRecord, new: Rule | SteerRule) -> Iterator[Difference]:
+    for key, strength_key, recorded, strengths in (
+        ("blocks", "strength", old.blocks, dict(new.blocks)),
+        ("steps", "step_strength", old.steps, dict(new.steps)),
+    ):
+        if recorded.keys() != strengths.keys():
+            yield f"{rule}.{key}", "", ""
+        elif recorded != strengths:
+            yield f"{rule}.{strength_key}", "", ""
 
 
 def _diff_areas(key: str, old: AreaRecord | None, new: Area | None) -> Iterator[Difference]:
@@ -212,6 +219,18 @@ def _diff_emphasis(record: ShotRecord, shot: Shot) -> Iterator[Difference]:
             if before != tuple(index for index, _ in after):
                 yield f"{key}.{name}", "", ""
         yield from _diff_areas(key, old.area, new.area)
+
+
+def _diff_steering(record: ShotRecord, shot: Shot) -> Iterator[Difference]:
+    if len(record.steer) != len(shot.steering):
+        yield "steer", "", ""
+        return
+    for i, (old, new) in enumerate(zip(record.steer, shot.steering)):
+        for side, before, after in (("toward", old.toward, new.toward), ("away", old.away, new.away)):
+            if before != after:
+                yield f"steer.{i}.{side}", "", ""
+        yield from _diff_strengths(f"steer.{i}", old, new)
+        yield from _diff_areas(f"steer.{i}", old.area, new.area)
 
 
 def _diff_loras(record: ShotRecord, shot: Shot) -> Iterator[Difference]:

@@ -169,15 +169,21 @@ class BlockContexts(Sequence[Mix]):
         return self._contexts.mix(self._base, self._areas)
 
     def own_prompt(self, block: int) -> Context:
-        """Return the context of the shot's own prompt, emphasised if the block reads it so."""
+        """Return the context of the shot's own prompt, emphasised and steered if the block reads it so."""
         own = next(expr for expr, _ in self._base if isinstance(expr, Text))
-        exprs = (expr for expr, _ in self._row[block] if isinstance(expr, Emphasis))
-        return self._contexts.context(next((expr for expr in exprs if expr.expr == own), own))
+        exprs = (expr for expr, _ in self._row[block] if isinstance(expr, Emphasis | Steer))
+        return self._contexts.context(next((expr for expr in exprs if _untuned(expr) == own), own))
 
     @property
     def injected_blocks(self) -> tuple[int, ...]:
         """The blocks whose cell a rule changed."""
         return tuple(block for block, cell in enumerate(self._row) if cell != self._base)
+
+
+def _untuned(expr: Expr) -> Expr:
+    while isinstance(expr, Emphasis | Steer):
+        expr = expr.expr
+    return expr
 
 
 @dataclass(frozen=True)

@@ -26,6 +26,7 @@ _ASIDE = {
     "output",
     "inject",
     "emphasis",
+    "steer",
     "loras",
     "join",
     "measure",
@@ -66,8 +67,8 @@ def _options(job: Job) -> Compare:
 
 
 def _key(job: Job, drops_loras: bool) -> str:
-    """Return a text that is the same for jobs that differ only in injections and emphasis, and in LoRAs if
-    these count.
+    """Return a text that is the same for jobs that differ only in injections, emphasis and steering, and in
+    LoRAs if these count.
     """
     aside = _ASIDE if drops_loras else _ASIDE - {"loras"}
     below = {"memory": {"residency", "chunk", "budget"}, "video": {"keep_latents"}}
@@ -81,7 +82,8 @@ def _dump_loras(job: Job) -> str:
 def _is_plain(job: Job, drops_loras: bool) -> bool:
     if (drops_loras and job.loras) or job.emphasises:
         return False
-    return all(_is_zero(rule.strength) or _is_zero(rule.step_strength) for rule in job.inject)
+    rules = (*job.inject, *job.steer)
+    return all(_is_zero(rule.strength) or _is_zero(rule.step_strength) for rule in rules)
 
 
 def _is_zero(strength: Strength) -> bool:
@@ -93,7 +95,7 @@ def _make_plain_shots(
 ) -> Iterator[Item]:
     """Yield a plain shot for each kind of shots without one: `seed11-plain`, with the id of their entry of
     `items` if values do not tell two apart."""
-    dropped = ("inject", "emphasis", *(["loras"] if drops_loras else []))
+    dropped = ("inject", "emphasis", "steer", *(["loras"] if drops_loras else []))
     kinds: dict[str, tuple[Item, Combination]] = {}
     for item in compared:
         swept = item.combination.select(lambda setting: setting.key.split(".")[0] not in dropped)
@@ -113,7 +115,7 @@ def _make_plain(item: Item, combination: Combination, id: str, drops_loras: bool
     job = item.job
     gone = item.combination.labels.keys() - combination.labels.keys()
     labels = {name: label for name, label in job.labels.items() if name not in gone}
-    plain: dict[str, object] = {"inject": [], "emphasis": {}, "join": None} | (
+    plain: dict[str, object] = {"inject": [], "emphasis": {}, "steer": [], "join": None} | (
         {"loras": []} if drops_loras else {}
     )
     names = {"id": id, "labels": labels, "output": _plain_output(job, gone)}

@@ -293,6 +293,27 @@ EmphasisOption = Annotated[
 ]
 
 
+def _prompts_kind(value: Any) -> str:
+    return "<list>" if isinstance(value, list) else _text_or_mapping(value)
+
+
+Prompts = Annotated[
+    Annotated[str, Tag("<text>")]
+    | Annotated[EmbeddingFile, Tag("<mapping>")]
+    | Annotated[list[Prompt], Field(min_length=1), Tag("<list>")],
+    Discriminator(_prompts_kind),
+]
+
+
+class SteerEntry(Placement):
+    """Prompts toward which, and away from which, a vector is added to what blocks read."""
+
+    toward: Prompts | None = None
+    away: Prompts | None = None
+    strength: Strength = 1.0
+    step_strength: Strength = 1.0
+
+
 class InjectRule(Placement):
     """Where, when and how strongly a second prompt or picture is read."""
 
@@ -466,6 +487,7 @@ class Job(StrictModel):
     text: TextOptions = TextOptions()
     inject: list[Inject] = []
     emphasis: EmphasisOption = {}
+    steer: list[SteerEntry] = []
     loras: list[LoraEntry] = []
     video: Video = Video()
     memory: Memory = Memory()

@@ -29,6 +29,7 @@ from wancli.job.schema import (
     Sampler,
     Segment,
     SigmaRange,
+    SteerEntry,
     TextOptions,
     Video,
 )
@@ -171,7 +172,7 @@ def known_keys(path: tuple[Key, ...]) -> list[str]:
     nested: dict[Key, type[BaseModel]] = {
         "sampler": Sampler, "text": TextOptions, "inject": InjectPrompt, "loras": LoraEntry, "video": Video,
         "memory": Memory, "attention": Attention, "compare": Compare, "image": ImageOptions, "size": AreaSize,
-        "emphasis": EmphasisEntry,
+        "emphasis": EmphasisEntry, "steer": SteerEntry, "toward": EmbeddingFile, "away": EmbeddingFile,
         "prompt": EmbeddingFile, "negative": EmbeddingFile, "strength": CurveSpec, "step_strength": CurveSpec,
         "steps": SigmaRange, "guidance": ExpertGuidance, "model": ModelFiles,
     }  # fmt: skip

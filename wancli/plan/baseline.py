@@ -55,7 +55,8 @@ def plan_comparison(jobs: JobFile, shots: Sequence[Shot]) -> Comparison | None:
 
 
 def _key_without_injections(shot: Shot, drops_loras: bool) -> str:
-    """Return a key that is the same for shots that differ only in injections and emphasis, and in LoRAs if
-    these count.
+    """Return a key that is the same for shots that differ only in injections, emphasis and steering, and in
+    LoRAs if these count.
     """
-    return replace(shot, rules=(), injected=(), emphasis=(), loras=() if drops_loras else shot.loras).key
+    plain = replace(shot, rules=(), injected=(), emphasis=(), steering=(), steering_prompts=())
+    return replace(plain, loras=() if drops_loras else shot.loras).key

@@ -91,9 +91,9 @@ def _compile_rule(
     problems.raise_all()
     steps = narrow_to_expert(item, key, inject.expert, steps, stages)
     with locate_errors(item, *key, "strength"):
-        by_block = pair_strengths(_to_curve(inject.strength), blocks)
+        by_block = pair_strengths(to_curve(inject.strength), blocks)
     with locate_errors(item, *key, "step_strength"):
-        by_step = pair_strengths(_to_curve(inject.step_strength), steps)
+        by_step = pair_strengths(to_curve(inject.step_strength), steps)
     products = {s * f for s in {s for _, s in by_block} for f in {f for _, f in by_step}}
     if inject.blend == "replace" and products - {0.0, 1.0}:
         raise JobError(
@@ -128,7 +128,8 @@ def select_steps(spec: Steps, sigmas: Sequence[float]) -> tuple[int, ...]:
     return parse_steps((spec.sigma[0], spec.sigma[1]) if isinstance(spec, SigmaRange) else spec, sigmas)
 
 
-def _to_curve(strength: Strength) -> Any:
+def to_curve(strength: Strength) -> Any:
+    """Return strengths as `pair_strengths` takes them."""
     return strength.to_curve() if isinstance(strength, CurveSpec) else strength
 
 

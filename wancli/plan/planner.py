@@ -47,6 +47,7 @@ from wancli.plan.prompt_over_time import MainPrompt, resolve_main_prompt
 from wancli.plan.prompts import PromptResolver
 from wancli.plan.sampler import SamplerSettings, resolve_sampler
 from wancli.plan.shot import ModelSpec, Plan, Prompt, SaveInterval, Shot
+from wancli.plan.steering import Steering, compile_steering
 from wancli.resources import machine
 from wancli.text.encoder import EncoderSpec
 from wancli.units import parse_duration, parse_size
@@ -194,6 +195,7 @@ def _build_shot(
     fps = job.video.fps or variant.fps
     pictures = None
     emphasis: tuple[EmphasisRule, ...] = ()
+    steering = Steering()
     with problems.collect():
         pictures, (width, height) = picture_resolver.resolve_pictures(item, variant, picture_memo, continued)
     frames = job.frames or variant.frames
@@ -212,21 +214,14 @@ def _build_shot(
         main, negative, injected = _resolve_prompts(item, model, shape, picture_memo, guided=guided)
         with problems.collect():
             maps = attention.resolve_maps(item, main.prompt, model, sigmas)
-            if maps and main.timeline:
-                raise JobError(
-                    "is of one prompt, and that of the shot changes over the frames",
-                    where=item.location("attention"),
-                    hint="Leave it out, or render a shot of one of the prompts.",
-                )
+            _require_one_prompt(item, "attention", main, used=maps is not None)
         with problems.collect():
             depth = model.checkpoint.transformer_config.num_layers
             emphasis = compile_emphasis(item, main.prompt, depth, sigmas, stages, shape, masks)
-            if emphasis and main.timeline:
-                raise JobError(
-                    "is of one prompt, and that of the shot changes over the frames",
-                    where=item.location("emphasis"),
-                    hint="Leave it out, or render a shot of one of the prompts.",
-                )
+            _require_one_prompt(item, "emphasis", main, used=bool(emphasis))
+        with problems.collect():
+            steering = compile_steering(item, model, sigmas, stages, shape, masks)
+            _require_one_prompt(item, "steer", main, used=bool(steering.rules))
         own = model.read_given(pictures)
         rules, auto_blocks = compile_rules(
             item, main.prompt, own.id if own else None, injected, model, block_maps, sigmas, stages
@@ -271,12 +266,23 @@ def _build_shot(
         timeline=main.timeline,
         later_prompts=main.others,
         emphasis=emphasis,
+        steering=steering.rules,
+        steering_prompts=steering.prompts,
     )
     refuse_emphasis_without_effect(shot, item)
     refuse_rules_without_effect(shot, item)
     refuse_gain_over_time(shot, item)
     refuse_lerp_after_concat(shot, item)
     return outputs.with_output(shot, jobs, item)
+
+
+def _require_one_prompt(item: Item, key: str, main: MainPrompt, *, used: bool) -> None:
+    if used and main.timeline:
+        raise JobError(
+            "is of one prompt, and that of the shot changes over the frames",
+            where=item.location(key),
+            hint="Leave it out, or render a shot of one of the prompts.",
+        )
 
 
 def _decide_loras(

@@ -18,7 +18,7 @@ from wancli.injection.attention_spec import AttentionSpec
 from wancli.injection.block_map_store import AutoBlocks
 from wancli.injection.table import Branch, Cell, CellRule, Rule, Table
 from wancli.injection.timeline import Timeline
-from wancli.injection.tuning import EmphasisRule
+from wancli.injection.tuning import EmphasisRule, SteerRule
 from wancli.models.config import (
     ComputeOptions,
     Expert,
@@ -163,6 +163,8 @@ class Shot:
     auto_blocks: tuple[AutoBlocks, ...] = ()  # the blocks of its rules that a measured map chose
     pictures: ShotPictures | None = None  # the frames that are given
     emphasis: tuple[EmphasisRule, ...] = ()  # words of its prompt that count more or less
+    steering: tuple[SteerRule, ...] = ()  # vectors added to what blocks read,
+    steering_prompts: tuple[Prompt, ...] = ()  # and the distinct prompts that they are made of
     kept_frames: tuple[int, ...] = ()  # frames that other shots begin with
     attention: AttentionSpec | None = None  # the attention maps that sampling records; changes no pixel
     timeline: Timeline | None = None  # of a prompt that changes over the frames, which begins with `prompt`
@@ -223,15 +225,16 @@ class Shot:
         unguided = frozenset(step for stage in self.stages if stage.guidance == 1 for step in stage.steps)
         depth = self.model.checkpoint.transformer_config.num_layers
         over_time = self.timeline.cell if self.timeline else ()
-        return _table(
-            (*self.rules, *self.emphasis), tuple(base), depth, self.steps, unguided, self.clip_id, over_time
-        )
+        rules = (*self.rules, *self.emphasis, *self.steering)
+        return _table(rules, tuple(base), depth, self.steps, unguided, self.clip_id, over_time)
 
     @property
     def prompts(self) -> tuple[Prompt, ...]:
-        """All prompts of the shot: its own, the negative one, the injected ones, those of later segments."""
+        """All prompts of the shot: its own, the negative one, the injected ones, those of later segments and
+        of steering.
+        """
         negative = [self.negative] if self.negative else []
-        return (self.prompt, *negative, *self.injected_prompts, *self.later_prompts)
+        return (self.prompt, *negative, *self.injected_prompts, *self.later_prompts, *self.steering_prompts)
 
     @property
     def prompt_text(self) -> str:
@@ -255,7 +258,7 @@ class Shot:
     @property
     def injects(self) -> bool:
         """Whether any block reads another thing than the plain prompts and pictures."""
-        return bool(self.emphasis) or any(rule.is_active for rule in self.rules)
+        return bool(self.emphasis or self.steering) or any(rule.is_active for rule in self.rules)
 
     @property
     def forwards_per_step(self) -> int:
@@ -280,6 +283,7 @@ class Shot:
                 "noise": [self.noise, self.seed],
                 "sampler": [self.solver, self.steps, self.shift, self.guidance, *experts],
                 **({"emphasis": [_rule_settings(rule) for rule in self.emphasis]} if self.emphasis else {}),
+                **({"steer": [_rule_settings(rule) for rule in self.steering]} if self.steering else {}),
                 **({"loras": [use.pixel_settings for use in self.loras]} if self.loras else {}),
                 **({"attention": kernels.attention} if kernels.attention != "auto" else {}),
                 **({"fp8_matmul": True} if kernels.fp8_matmul else {}),
@@ -406,14 +410,14 @@ def _table(
     return Table(rules, dict(base), depth, steps, unguided, image, over_time)
 
 
-def _rule_settings(rule: Rule | EmphasisRule) -> dict[str, Any]:
+def _rule_settings(rule: Rule | EmphasisRule | SteerRule) -> dict[str, Any]:
     area = {} if rule.area is None else {"area": rule.area.pixel_settings}
     settings = _as_dict(replace(rule, area=None)) | area
     return {name: value for name, value in settings.items() if name != "words"}  # their rows count
 
 
 @lru_cache(1024)
-def _as_dict(value: Rule | EmphasisRule | WanConfig) -> dict[str, Any]:
+def _as_dict(value: Rule | EmphasisRule | SteerRule | WanConfig) -> dict[str, Any]:
     """Return the fields that count for a key: those added since keys exist only if they are used."""
     return {name: x for name, x in asdict(value).items() if x is not None and x is not False}
 

@@ -18,7 +18,7 @@ from wancli.text.embedding import read_tokens
 
 if TYPE_CHECKING:
     from wancli.injection.table import Rule
-    from wancli.injection.tuning import EmphasisRule
+    from wancli.injection.tuning import EmphasisRule, SteerRule
     from wancli.plan.shot import ModelSpec, Plan, Prompt, Shot
     from wancli.plan.throughput import Rate
     from wancli.storage.cache import Entry, Store
@@ -60,6 +60,7 @@ def plan_document(
                     for rule, cells, other in zip(shot.rules, shot.table.changed_cells, shot.injected)
                 ],
                 "emphasis": [_rule_row(rule, shot) for rule in shot.emphasis],
+                "steer": [_rule_row(rule, shot) for rule in shot.steering],
                 "loras": [
                     {"path": str(use.path), **use.pixel_settings, "coverage": asdict(use.coverage)}
                     for use in shot.loras
@@ -128,7 +129,7 @@ def _timeline_row(shot: Shot) -> dict[str, Any] | None:
     return row
 
 
-def _rule_row(rule: Rule | EmphasisRule, shot: Shot) -> dict[str, Any]:
+def _rule_row(rule: Rule | EmphasisRule | SteerRule, shot: Shot) -> dict[str, Any]:
     row = asdict(replace(rule, area=None))
     if rule.area:
         row["area"] = rule.area.pixel_settings | {"tokens": count_tokens(rule.area, shot.token_grid)}

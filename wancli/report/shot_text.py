@@ -14,9 +14,11 @@ from wancli.report.terminal import draw_bar, draw_ruler, truncate
 from wancli.units import format_ranges, list_some, pluralize, quote
 
 if TYPE_CHECKING:
+    from wancli.injection.area import Area
     from wancli.injection.attention_spec import AttentionSpec
+    from wancli.injection.table import Rule
     from wancli.injection.timeline import Timeline
-    from wancli.injection.tuning import EmphasisRule
+    from wancli.injection.tuning import EmphasisRule, SteerRule
     from wancli.plan.schedule import Placement
     from wancli.plan.shot import Plan, Prompt, Shot
     from wancli.weights.lora.use import LoraUse
@@ -46,15 +48,15 @@ def format_shot(shot: Shot, placement: Placement) -> Iterator[str]:
         yield f"{'batch':>16}  one of {placement.batch_size} shots on each pass over the weights"
     for index in range(len(shot.rules)):
         yield f"{f'inject.{index}':>16}  {describe_rule(shot, index)}"
-        if area := shot.rules[index].area:
-            yield f"{'area':>16}  {describe_area(area, shot.token_grid)}"
-            yield from (f"{title:>16}  {line}" for title, line in draw_area(area, shot.token_grid))
+        yield from format_area(shot, shot.rules[index].area)
         for choice in (choice for choice in shot.auto_blocks if choice.rule == index):
             yield f"{choice.spec:>16}  is {choice.blocks}, by {choice.map_name}"
     if shot.attention:
         yield from format_attention(shot.attention)
     for rule in shot.emphasis:
         yield f"{'emphasis':>16}  {describe_emphasis(rule)}"
+    for index, steering in enumerate(shot.steering):
+        yield from format_steering(shot, index, steering)
     yield from format_sigmas(shot)
     if shot.rules:
         yield from format_injection_table(shot)
@@ -114,16 +116,37 @@ def name_given_pictures(shots: Sequence[Shot]) -> list[str]:
 def describe_rule(shot: Shot, index: int) -> str:
     """Describe an injection: `27-39 at 0.6, steps 0-11, cond`."""
     rule = shot.rules[index]
-    blocks = format_ranges([block for block, _ in rule.blocks])
-    values = sorted({round(s, 3) for _, s in rule.blocks})
-    strength = f"{values[0]:g}" if len(values) == 1 else f"{values[0]:g}..{values[-1]:g}"
-    steps = format_ranges([step for step, _ in rule.steps])
     of = ", pictures" if rule.image else ""
     if rule.words and rule.rows:
         of = f", only {describe_words(rule.words, rule.rows)}"
     if rule.nag:
         of = ", away from it: scale {:g}, alpha {:g}, tau {:g}".format(*rule.nag)
-    return f"{blocks} at {strength}, steps {steps}, {'+'.join(rule.branches)}{of}"
+    return f"{_describe_reach(rule)}{of}"
+
+
+def _describe_reach(rule: Rule | SteerRule) -> str:
+    """Describe blocks, strengths, steps and branches: `27-39 at 0.6, steps 0-11, cond`."""
+    blocks = format_ranges([block for block, _ in rule.blocks])
+    values = sorted({round(s, 3) for _, s in rule.blocks})
+    strength = f"{values[0]:g}" if len(values) == 1 else f"{values[0]:g}..{values[-1]:g}"
+    steps = format_ranges([step for step, _ in rule.steps])
+    return f"{blocks} at {strength}, steps {steps}, {'+'.join(rule.branches)}"
+
+
+def format_steering(shot: Shot, index: int, rule: SteerRule) -> Iterator[str]:
+    """Format the prompts of a steering vector, and where it is added."""
+    by_id = {prompt.id: prompt for prompt in shot.steering_prompts}
+    yield f"{f'steer.{index}':>16}  {_describe_reach(rule)}"
+    for title, ids in (("toward", rule.toward), ("away from", rule.away)):
+        yield from (f"{title:>16}  {_describe_read(by_id[id])}" for id in ids)
+    yield from format_area(shot, rule.area)
+
+
+def format_area(shot: Shot, area: Area | None) -> Iterator[str]:
+    """Format and draw the part of the video in which a rule acts; nothing if that is the whole."""
+    if area:
+        yield f"{'area':>16}  {describe_area(area, shot.token_grid)}"
+        yield from (f"{title:>16}  {line}" for title, line in draw_area(area, shot.token_grid))
 
 
 def format_attention(maps: AttentionSpec) -> Iterator[str]:

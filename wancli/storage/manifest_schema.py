@@ -258,6 +258,18 @@ class EmphasisRecord(Data):
     area: AreaRecord | None = None  # None: the whole video
 
 
+class SteerRecord(Data):
+    """A steering vector: the ids of its prompts, where it was added, and how often blocks read it."""
+
+    toward: tuple[str, ...]
+    away: tuple[str, ...]
+    blocks: Annotated[dict[Block, Strength], Field(min_length=1)]
+    steps: Annotated[dict[Step, Strength], Field(min_length=1)]
+    planned: Count
+    hits: Count
+    area: AreaRecord | None = None  # None: the whole video
+
+
 class LoraRecord(Data):
     """One LoRA: its file, where and when it was applied."""
 
@@ -347,13 +359,15 @@ class ShotRecord(Data):
     model: ModelRecord
     predicted: list[PredictedPhase]
     versions: dict[str, str]
-    # The shot's own, the negative one if there is one, the injected ones, the others of its timeline.
+    # The shot's own, the negative one if there is one, the injected ones, the others of its timeline,
+    # those of its steering.
     prompts: list[PromptRecord]
     timeline: TimelineRecord | None = None
     encoder_loaded: bool
     pictures: list[PictureRecord] = Field(default_factory=list)
     injection: list[RuleRecord]
     emphasis: list[EmphasisRecord] = Field(default_factory=list)
+    steer: list[SteerRecord] = Field(default_factory=list)
     loras: list[LoraRecord] = Field(default_factory=list)
     effects: list[EffectRecord]
     first_step_after: float | None = None
@@ -367,6 +381,7 @@ class ShotRecord(Data):
         read = {rule.text for rule in self.injection if not rule.picture}
         if self.timeline:
             read |= {segment.id for segment in self.timeline.segments}
+        read |= self._steering_ids
         if not ids.issuperset(read) or not self.prompts:
             raise ValueError("a prompt is missing")
         return self
@@ -389,7 +404,12 @@ class ShotRecord(Data):
         others = sum(rule.picture is None for rule in self.injection)
         if self.timeline:
             others += len({segment.id for segment in self.timeline.segments} - {self.prompt.id})
+        others += len(self._steering_ids)
         return self.prompts[1] if len(self.prompts) > 1 + others else None
+
+    @property
+    def _steering_ids(self) -> set[str]:
+        return {id for entry in self.steer for id in (*entry.toward, *entry.away)}
 
     @property
     def prompt_text(self) -> str:

@@ -16,6 +16,7 @@ from wancli.storage.manifest_schema import (
     RuleRecord,
     ShotRecord,
     ShotSettings,
+    SteerRecord,
     TimelineRecord,
 )
 
@@ -68,6 +69,7 @@ def build_job(record: ShotRecord, output: str) -> Job:
         },
         "inject": rules,
         **({"emphasis": [*map(_emphasis_entry, record.emphasis)]} if record.emphasis else {}),
+        **({"steer": [_steer_entry(entry, record) for entry in record.steer]} if record.steer else {}),
         "loras": [_lora_entry(lora) for lora in record.loras],
         **({"attention": _attention_value(record.attention)} if record.attention else {}),
         "video": {"fps": shot.fps, "crf": shot.crf, "codec": shot.codec},
@@ -143,10 +145,7 @@ def _inject_entry(rule: RuleRecord, other: PromptRecord | InjectedPictureRecord)
     reads = {"prompt": _prompt_value(other)} if isinstance(other, PromptRecord) else {"image": other.path}
     return {
         **reads,
-        "blocks": sorted(rule.blocks),
-        "strength": [rule.blocks[block] for block in sorted(rule.blocks)],
-        "steps": f"{min(rule.steps)}-{max(rule.steps)}",
-        "step_strength": [rule.steps[step] for step in sorted(rule.steps)],
+        **_strength_keys(rule),
         "branch": "both" if len(rule.branches) == 2 else rule.branches[0],
         "blend": rule.blend,
         "gain": rule.gain,
@@ -163,6 +162,25 @@ def _emphasis_entry(entry: EmphasisRecord) -> Job:
         "blocks": [*entry.blocks],
         "steps": f"{min(entry.steps)}-{max(entry.steps)}",
         **(_area_keys(entry.area) if entry.area else {}),
+    }
+
+
+def _steer_entry(entry: SteerRecord, record: ShotRecord) -> Job:
+    by_id = {prompt.id: prompt for prompt in record.prompts}
+    sides = {"toward": entry.toward, "away": entry.away}
+    return {
+        **{side: [_prompt_value(by_id[id]) for id in ids] for side, ids in sides.items() if ids},
+        **_strength_keys(entry),
+        **(_area_keys(entry.area) if entry.area else {}),
+    }
+
+
+def _strength_keys(entry: RuleRecord | SteerRecord) -> Job:
+    return {
+        "blocks": sorted(entry.blocks),
+        "strength": [entry.blocks[block] for block in sorted(entry.blocks)],
+        "steps": f"{min(entry.steps)}-{max(entry.steps)}",
+        "step_strength": [entry.steps[step] for step in sorted(entry.steps)],
     }
 
 

@@ -11,7 +11,7 @@ function drawPrompts(shot) {
   const width = modelOf(shot).sizes.text_dim;
   root.append(
     table(['text', 'role', 'tokens', 'characters', 'embedding', 'in the cache', 'padded'], texts.map((text, i) => [
-      h('span', { class: 'prompt' }, text.text || '(empty)'), names[i] ?? segmentNames(shot, text), String(text.tokens) + (text.truncated ? ', cut' : ''), String([...text.text].length),
+      h('span', { class: 'prompt' }, text.text || '(empty)'), names[i] ?? (segmentNames(shot, text) || 'steering'), String(text.tokens) + (text.truncated ? ', cut' : ''), String([...text.text].length),
       `[${text.max_tokens ?? 256}, ${count(width)}]`, shot.cached[i] ? 'yes' : 'encoded now', size(4 * (text.max_tokens ?? 256) * width)])),
     muted('Stored without zero rows. Every block reads 512 rows: the tokens, and one row for all padding, which is not masked and takes part in the softmax.'));
   if (shot.timeline) root.append(...drawTimeline(shot));

@@ -56,15 +56,15 @@ def _compile_entry(
     masks: MaskReader,
 ) -> tuple[SteerRule, tuple[Prompt, ...]]:
     entry, key = item.job.steer[index], ("steer", index)
-    resolver, problems = PromptResolver(item, model), Problems()
+    prompts, problems = PromptResolver(item, model), Problems()
     toward: tuple[Prompt, ...] = ()
     away, area = toward, None
     blocks: Sequence[int] = ()
     steps: Sequence[int] = ()
     with problems.collect():
-        toward = _resolve(item, index, "toward", resolver)
+        toward = _resolve(item, index, "toward", prompts)
     with problems.collect():
-        away = _resolve(item, index, "away", resolver)
+        away = _resolve(item, index, "away", prompts)
     with problems.collect(), locate_errors(item, *key, "blocks"):
         blocks = parse_blocks(entry.blocks, model.checkpoint.transformer_config.num_layers)
     with problems.collect(), locate_errors(item, *key, "steps"):
@@ -83,7 +83,7 @@ def _compile_entry(
 
 
 def _resolve(
-    item: Item, index: int, side: Literal["toward", "away"], resolver: PromptResolver
+    item: Item, index: int, side: Literal["toward", "away"], prompts: PromptResolver
 ) -> tuple[Prompt, ...]:
     """Resolve the prompts of one side of an entry, none if it has none."""
     entry = item.job.steer[index]
@@ -91,12 +91,12 @@ def _resolve(
     if given is None:
         return ()
     if not isinstance(given, list):
-        return (resolver.resolve(given, "steer", index, side),)
+        return (prompts.resolve(given, "steer", index, side),)
     problems = Problems()
     found = []
     for i, spec in enumerate(given):
         with problems.collect():
-            found.append(resolver.resolve(spec, "steer", index, side, i))
+            found.append(prompts.resolve(spec, "steer", index, side, i))
     problems.raise_all()
     return tuple(found)
 

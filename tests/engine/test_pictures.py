@@ -622,6 +622,27 @@ def test_a_kept_frame_that_cannot_be_read_fails_the_shot_that_begins_with_it_alo
     assert statuses(tmp_path) == {"a": "rendered", "b": "rendered", "c": "rendered", "d": "already done"}
 
 
+@pytest.mark.parametrize("change", ["damaged latent", "maps wanted"])
+def test_a_missing_frame_is_made_for_a_shot_whose_latent_is_not_enough(
+    render: Render, tmp_path: Path, change: str
+) -> None:
+    a, b = CHAIN[1], CHAIN[2]
+    keys = OF_CHAIN | {"sampler": {"steps": 1}}
+    assert render(**keys | {"items": [a, b]}).code == 0
+    (tmp_path / "out/a.frame4.png").unlink()
+    shutil.rmtree(tmp_path / "cache")
+    if change == "damaged latent":
+        latent = tmp_path / "out/b.latents.safetensors"
+        latent.write_bytes(latent.read_bytes()[:-8] + bytes(8))
+        (tmp_path / "out/b.mp4").unlink()
+    else:
+        b = b | {"attention": {"words": ["cat"]}}
+    said = render(**keys | {"items": [a, b]})
+    assert said.code == 0, said.err
+    assert "shot a is done, and is decoded again: shot b begins with a frame of it" in said.err
+    assert statuses(tmp_path) == {"a": "rendered", "b": "rendered"}
+
+
 def test_a_shot_in_the_middle_of_a_chain_is_rendered_again_with_those_before_that_it_needs(
     render: Render, tmp_path: Path
 ) -> None:

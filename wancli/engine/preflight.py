@@ -126,8 +126,12 @@ def _reads_pictures(shot: Shot, context: RenderContext) -> bool:
 
 
 def _has_latent(shot: Shot) -> bool:
-    record = tensor_file.read_record(shot.latents, ShotRecord)
-    return record is not None and record.latents_key == shot.latents_key
+    """Return whether a render decodes the latent of a shot, and samples nothing."""
+    try:
+        record = manifest_body.verify_latent(shot.latents, shot.latent_shape)
+    except EntryError:
+        return False
+    return record.latents_key == shot.latents_key and not are_measurements_missing(shot, record)
 
 
 def _look_at_outputs(

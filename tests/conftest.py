@@ -141,10 +141,10 @@ def quick(shallow: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def known(quick: Path, warm: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def known(shallow: Path, warm: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The checkpoint of 4 blocks, with a cache that knows the prompts of the tiny job."""
     monkeypatch.setenv("WANCLI_CACHE", str(warm))
-    return quick
+    return shallow
 
 
 @pytest.fixture

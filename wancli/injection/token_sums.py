@@ -47,10 +47,10 @@ class TokenSums:
 
     def share_read(self, weights: tuple[Weight, ...]) -> float:
         """Return the share of the tokens for which the sum is not 0."""
-        import numpy
-
         if not any(isinstance(weight, AreaWeight) for weight in weights):
             return 1.0
+        import numpy
+
         return int(numpy.count_nonzero(self.sum(weights))) / self.grid.tokens
 
     def _frame_weights(self, weight: Weight) -> Weights | float:

@@ -288,10 +288,10 @@ def injected_shares(record: ShotRecord) -> list[dict[str, Any]]:
 
 def _area(record: AreaRecord) -> Area:
     """Return a recorded area, to tell it from others: the weights of its mask are not recorded."""
-    import numpy
-
     mask = None
     if record.mask:
+        import numpy
+
         grid, none = TokenGrid(0, 0, 0), numpy.zeros((1, 0, 0))
         mask = Mask(record.mask.sha256, grid, (0, 0), Path(record.mask.path), none)
     return Area(record.frames, record.region, record.feather, mask)

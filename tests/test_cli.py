@@ -79,8 +79,8 @@ def test_these_are_all_commands_and_options_and_a_new_one_is_added_here_on_purpo
         "wancli status JOB --set --sweep --items --shard --json --cache-dir",
         "wancli check DIR|JOB --deep --set --sweep --items --shard --json --cache-dir",
         "wancli schema --events",
-        "wancli encode JOB|PROMPT... --cache/--no-cache --out --model --max-tokens --truncate --set --sweep"
-        " --items --shard --json --cache-dir --progress -q/--quiet",
+        "wancli encode JOB|PROMPT... --toward --away --cache/--no-cache --out --model --max-tokens --truncate"
+        " --set --sweep --items --shard --json --cache-dir --progress -q/--quiet",
         "wancli decode NAME.latents.safetensors -o/--output --model --force --json --progress -q/--quiet",
         "wancli diff A B --file --model --dit/--no-dit --set --sweep --items --shard --json --cache-dir"
         " -q/--quiet",

@@ -141,6 +141,34 @@ def test_the_plan_shows_prompts_and_cells(decide: Callable[..., Plan]) -> None:
     ]
 
 
+def test_a_file_has_the_prompts_of_a_vector_with_their_roles(
+    capsys: pytest.CaptureFixture[str], known: Path, tmp_path: Path, decide: Callable[..., Plan]
+) -> None:
+    file = tmp_path / "day.safetensors"
+    options = ("--model", known, "--out", file, "-q")
+    sides = ("--toward", "day", "--toward", "sun", "--away", "night")
+    assert run_wancli(capsys, "encode", *sides, *options).code == 0
+    one = decide(model=str(known), steer=[{"file": file.name, "strength": 2}]).shots[0]
+    texts = {prompt.id: prompt.tokens.text for prompt in one.steering_prompts}
+    (vector,) = one.steering
+    assert ([texts[id] for id in vector.toward], [texts[id] for id in vector.away]) == (
+        ["day", "sun"],
+        ["night"],
+    )
+    assert {prompt.file for prompt in one.steering_prompts} == {file}
+    with pytest.raises(JobError, match=r"steer\.0\.file: stands for `toward` and `away`"):
+        decide(steer=[{"file": file.name, "away": "night"}])
+    plain = tmp_path / "plain.safetensors"
+    assert run_wancli(capsys, "encode", "day", "--model", known, "--out", plain, "-q").code == 0
+    with pytest.raises(
+        JobError, match=r"steer\.0\.file: 'plain.safetensors' does not say what to steer toward"
+    ):
+        decide(steer=[{"file": plain.name}])
+    for wrong in (("day", *sides, *options), (*sides, "--model", known)):
+        said = run_wancli(capsys, "encode", *wrong)
+        assert (said.code, "--toward and --away write a file for `steer`" in said.err) == (2, True)
+
+
 EULER = {"solver": "euler", "steps": 2, "shift": 3.0, "guidance": 2.0}
 
 

@@ -22,7 +22,7 @@ from wancli.plan.planner import build_plan, resolve_model
 from wancli.plan.prompts import tokenize
 from wancli.plan.shot import ModelSpec, Prompt
 from wancli.storage import disk, records
-from wancli.text.embedding import read_tokens, save_embeddings
+from wancli.text.embedding import Role, read_tokens, save_embeddings
 from wancli.text.encoder import Encoded
 
 if TYPE_CHECKING:
@@ -81,9 +81,7 @@ def read_prompts(
     batches: list[PromptBatch] = []
     for are_texts, group in groupby(inputs, key=lambda item: isinstance(item, str)):
         if are_texts:
-            model = _resolve_model(folder, hashes)
-            prompts = [tokenize(model, str(text), max_tokens, truncate) for text in group]
-            batches.append(PromptBatch(model, tuple(prompts)))
+            batches += tokenize_texts([*map(str, group)], folder, max_tokens, truncate, hashes)
         else:
             for job in group:
                 assert isinstance(job, JobFile)
@@ -91,8 +89,34 @@ def read_prompts(
     return batches
 
 
+def list_roles(
+    what: Sequence[str], toward: Sequence[str], away: Sequence[str], out: Path | None
+) -> tuple[list[str], list[Role]]:
+    """Return the prompts to encode and, if they are for steering, the role of each. Raises JobError."""
+    if not toward and not away:
+        if not what:
+            raise JobError("no prompts to encode", hint='wancli encode "a prompt", or a job file, or -')
+        return [*what], []
+    if what or out is None:
+        hint = "Give --out FILE, and no prompts but those."
+        raise JobError("--toward and --away write a file for `steer`", hint=hint)
+    roles: list[Role] = ["toward"] * len(toward)
+    roles += ["away"] * len(away)
+    return [*toward, *away], roles
+
+
+def tokenize_texts(
+    texts: Sequence[str], folder: Path | None, max_tokens: int, truncate: bool, hashes: Path
+) -> list[PromptBatch]:
+    """Tokenize prompts of the command line for one model."""
+    if max_tokens not in (256, 512):
+        raise JobError(f"{max_tokens} is not 256 or 512", where="--max-tokens")
+    model = _resolve_model(folder, hashes)
+    return [PromptBatch(model, tuple(tokenize(model, text, max_tokens, truncate) for text in texts))]
+
+
 def encode_prompts(
-    batches: Sequence[PromptBatch], out: Path | None, context: RenderContext
+    batches: Sequence[PromptBatch], out: Path | None, context: RenderContext, roles: Sequence[Role] = ()
 ) -> list[dict[str, Any]]:
     """Encode all prompts and return one row for each. With `out`, write the embeddings to one new file."""
     encoded: list[Encoded] = []
@@ -101,7 +125,7 @@ def encode_prompts(
         encoded += [by_id[prompt.id] for prompt in batch.prompts]
     if out:
         try:
-            save_embeddings(out, [e.embedding for e in encoded])
+            save_embeddings(out, [e.embedding for e in encoded], roles)
         except OutputExists as error:
             raise OutputExists(error.message, where=error.where, hint="Give --out another name.") from None
     return [

@@ -23,9 +23,17 @@ from wancli.errors import ExitStatus
 @takes_groups
 def encode_command(
     what: Annotated[
-        list[str], typer.Argument(metavar="JOB|PROMPT...", help="A job file, prompts, or - for stdin.")
-    ],
+        list[str] | None,
+        typer.Argument(metavar="JOB|PROMPT...", help="A job file, prompts, or - for stdin."),
+    ] = None,
     *,
+    toward: Annotated[
+        list[str] | None,
+        typer.Option(metavar="TEXT", help="Write --out for `steer`: steer toward this prompt. Repeatable."),
+    ] = None,
+    away: Annotated[
+        list[str] | None, typer.Option(metavar="TEXT", help="As --toward: steer away from it. Repeatable.")
+    ] = None,
     cache: Annotated[
         bool, typer.Option("--cache/--no-cache", help="Keep the embeddings in the cache.")
     ] = True,
@@ -52,11 +60,14 @@ def encode_command(
     from wancli.report import prompt_text, terminal
 
     display = create_display(progress.value, quiet)
-    work = _prompt_inputs.read_prompts(
-        what, model, max_tokens, truncate, hashes_path(cache_dir), changes.flags
-    )
+    hashes = hashes_path(cache_dir)
+    texts, roles = _prompt_inputs.list_roles(what or [], toward or [], away or [], out)
+    if roles:
+        work = _prompt_inputs.tokenize_texts(texts, model, max_tokens, truncate, hashes)
+    else:
+        work = _prompt_inputs.read_prompts(texts, model, max_tokens, truncate, hashes, changes.flags)
     rows = _prompt_inputs.encode_prompts(
-        work, out, RenderContext(open_store(cache_dir) if cache else None, display)
+        work, out, RenderContext(open_store(cache_dir) if cache else None, display), roles
     )
     if as_json:
         print_json(rows)

@@ -310,6 +310,7 @@ class SteerEntry(Placement):
 
     toward: Prompts | None = None
     away: Prompts | None = None
+    file: str | None = None
     strength: Strength = 1.0
     step_strength: Strength = 1.0
 

@@ -12,9 +12,9 @@ from wancli.job.schema import EmbeddingFile
 from wancli.plan import model_registry
 from wancli.plan.shot import ModelSpec, Prompt
 from wancli.storage import disk, records
-from wancli.text.embedding import read_tokens
+from wancli.text.embedding import Role, read_roles, read_tokens
 from wancli.text.encoder import EncoderSpec
-from wancli.text.tokenizer import Tokenizer
+from wancli.text.tokenizer import Tokenizer, Tokens
 from wancli.weights.checkpoint import text_encoder_config
 
 
@@ -53,15 +53,33 @@ class PromptResolver:
     def _from_text(self, text: str, max_tokens: int, truncate: bool) -> Prompt:
         return tokenize(self._model, text, max_tokens, truncate)
 
-    def _from_file(self, spec: EmbeddingFile, base_dir: Path, location: str) -> Prompt:
-        path = model_registry.resolve_path(base_dir, spec.embedding, location)
-        with disk.reading_for_job(location, spec.embedding):
+    def resolve_roles(self, file: str, *path: str | int) -> dict[Role, tuple[Prompt, ...]]:
+        """Return the prompts of a file for steering, by their roles. Raises JobError and EntryError."""
+        location = self._item.location(*path)
+        found, payload, tokens = self._read_file(file, self._item.base_dir(*path), location)
+        roles = read_roles(payload)
+        if None in roles:
+            hint = "`wancli encode --toward TEXT --away TEXT --out FILE` writes one for `steer`."
+            raise JobError(f"{file!r} does not say what to steer toward", where=location, hint=hint)
+        digest = hashlib.sha256(payload).hexdigest()
+        prompts = [Prompt(f"{digest}.{i}", each, found, i) for i, each in enumerate(tokens)]
+        sides: tuple[Role, ...] = ("toward", "away")
+        return {side: tuple(p for p, role in zip(prompts, roles) if role == side) for side in sides}
+
+    @staticmethod
+    def _read_file(file: str, base_dir: Path, location: str) -> tuple[Path, bytes, list[Tokens]]:
+        """Return the path of an embedding file, its bytes, and its texts."""
+        path = model_registry.resolve_path(base_dir, file, location)
+        with disk.reading_for_job(location, file):
             payload = records.read(path, records.EMBEDDING)
         try:
-            tokens = read_tokens(payload)
+            return path, payload, read_tokens(payload)
         except EntryError as error:
             hint = "`wancli encode --out FILE` writes one."
-            raise EntryError(f"{spec.embedding!r}: {error.message}", where=location, hint=hint) from None
+            raise EntryError(f"{file!r}: {error.message}", where=location, hint=hint) from None
+
+    def _from_file(self, spec: EmbeddingFile, base_dir: Path, location: str) -> Prompt:
+        path, payload, tokens = self._read_file(spec.embedding, base_dir, location)
         if spec.index >= len(tokens):
             raise JobError(
                 f"{spec.embedding!r} contains {len(tokens)} embeddings, from 0; there is no {spec.index}",

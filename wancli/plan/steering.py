@@ -65,6 +65,13 @@ def _compile_entry(
         toward = _resolve(item, index, "toward", prompts)
     with problems.collect():
         away = _resolve(item, index, "away", prompts)
+    with problems.collect():
+        if entry.file is not None:
+            if entry.toward or entry.away:
+                raise JobError(
+                    "stands for `toward` and `away`: give one or the other", where=item.location(*key, "file")
+                )
+            toward, away = prompts.resolve_roles(entry.file, *key, "file").values()
     with problems.collect(), locate_errors(item, *key, "blocks"):
         blocks = parse_blocks(entry.blocks, model.checkpoint.transformer_config.num_layers)
     with problems.collect(), locate_errors(item, *key, "steps"):

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 FORMAT = 1  # of the key and the payload; entries of another format are not used
 Dtype = Literal["fp32", "bf16", "fp16"]
+Role = Literal["toward", "away"]  # of a text in a file for steering
 _DTYPES = ("torch.float32", "torch.bfloat16", "torch.float16")
 
 
@@ -38,6 +39,7 @@ class _Entry(Data):
     max_tokens: Positive
     full_length: Count
     encoder: str
+    role: Role | None = None
 
     @model_validator(mode="after")
     def _fits(self) -> Self:
@@ -100,8 +102,9 @@ def embedding_key(encoder: str, tokenizer_sha: str, dtype: Dtype, max_tokens: in
     return hashlib.sha256(_canonical_json(parts)).hexdigest()
 
 
-def pack(embeddings: Sequence[Embedding]) -> bytes:
-    """Serialize embeddings as safetensors: tensors `embedding.0`, `embedding.1`, ..., and texts as metadata.
+def pack(embeddings: Sequence[Embedding], roles: Sequence[Role] = ()) -> bytes:
+    """Serialize embeddings as safetensors: tensors `embedding.0`, `embedding.1`, ..., and texts as metadata,
+    each with its role if `roles` are given.
 
     Equal embeddings give equal bytes. The metadata has a SHA-256 of its other entries and of all rows.
     """
@@ -109,6 +112,8 @@ def pack(embeddings: Sequence[Embedding]) -> bytes:
     for e in embeddings:
         tokens = {field.name: getattr(e, field.name) for field in fields(Tokens)}
         entries.append(tokens | {"encoder": e.encoder})
+    for entry, role in zip(entries, roles):
+        entry["role"] = role
     rows = [e.rows_NE.contiguous() for e in embeddings]
     record = {"format": FORMAT, "versions": library_versions(), "embeddings": entries}
     sealed = record | {"sha256": _digest(record, rows)}
@@ -119,6 +124,11 @@ def pack(embeddings: Sequence[Embedding]) -> bytes:
 def read_tokens(payload: bytes, where: str = "") -> list[Tokens]:
     """Read the texts and tokens of a payload. Loads no torch, and neither reads nor checks the tensors."""
     return [entry.tokens for entry in _parse_record(payload, where)[0].embeddings]
+
+
+def read_roles(payload: bytes) -> list[Role | None]:
+    """Read the role of each text; None if it has none. Raises EntryError, as `read_tokens`."""
+    return [entry.role for entry in _parse_record(payload, "")[0].embeddings]
 
 
 def unpack(payload: bytes, where: str = "") -> list[Embedding]:
@@ -141,9 +151,9 @@ def unpack(payload: bytes, where: str = "") -> list[Embedding]:
     ]
 
 
-def save_embeddings(path: Path, embeddings: Sequence[Embedding]) -> None:
-    """Write embeddings to a file that a job can name instead of a prompt."""
-    atomic.publish_bytes(path, pack(embeddings))
+def save_embeddings(path: Path, embeddings: Sequence[Embedding], roles: Sequence[Role] = ()) -> None:
+    """Write embeddings to a file that a job can name instead of a prompt; with `roles`, under `steer`."""
+    atomic.publish_bytes(path, pack(embeddings, roles))
 
 
 def load_embedding(path: Path, index: int = 0) -> Embedding:

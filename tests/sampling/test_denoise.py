@@ -26,6 +26,9 @@ from jobs import (
     latents_of,
     manifest_of,
     rule,
+    run_wancli,
+    tiny_job,
+    write_job,
 )
 
 from wancli.errors import NotFinite
@@ -184,14 +187,21 @@ def test_nan_from_the_text_encoder_is_reported_and_never_cached(
 
 
 def test_measuring_a_finished_shot_keeps_its_video_and_adds_the_effects(
-    render: Callable[..., CommandResult], tmp_path: Path
+    render: Callable[..., CommandResult], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    def states() -> list[str]:
+        write_job(tmp_path, tiny_job(measure=True, **injected))
+        told = [run_wancli(capsys, name, tmp_path / "job.yaml", "--json").out for name in ("plan", "status")]
+        return [json.loads(text)["shots"][0]["state"] for text in told]
+
     injected = {"inject": [rule()]}
     assert render(**injected).code == 0
     video = tmp_path / "out" / "clip.mp4"
     before = video.read_bytes()
     assert manifest_of(tmp_path)["effects"] == []
+    assert states() == ["to do", "to do"]
     assert render("--log-level", "verbose", **injected).code == 0
+    assert states() == ["done", "done"]
     assert manifest_of(tmp_path)["effects"] != []
     assert video.read_bytes() == before
     assert render(**injected).code == 0  # and back again: nothing to do

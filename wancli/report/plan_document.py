@@ -181,7 +181,8 @@ def unreadable_outputs(shots: Sequence[Shot], states: Sequence[str]) -> Iterator
 
 def _output_state(shot: Shot) -> str:
     try:
-        return preflight.output_status(shot)[0]
+        state = preflight.output_status(shot)[0]
+        return "to do" if state == "done" and preflight.lacks_measurements(shot) else state
     except Unreadable:
         return "unreadable"
 

@@ -102,7 +102,7 @@ def _looks_done(shot: Shot) -> bool:
         return False
     proof = manifest.read_unverified(shot.manifest)
     done = proof is not None and proof.key == shot.key and proof.has(shot.output.name, size)
-    return done and not (shot.attention and preflight.lacks_measurements(shot))
+    return done and not preflight.lacks_measurements(shot)
 
 
 def _read_failures(path: Path) -> dict[str, Mapping[str, Any]]:

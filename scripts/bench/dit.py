@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
-from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -52,15 +50,9 @@ def rows() -> list[Row]:
         run_theirs = partial(theirs, x_BCTYX, t, padded_BNE)
         _check_agreement(run_ours(), run_theirs().sample)
         ours_s, theirs_s = time_alternately(run_ours, run_theirs, REPEATS[tokens])
-        memory = _measure_peak(run_ours), _measure_peak(run_theirs)
+        memory = peak_growth(run_ours), peak_growth(run_theirs)
         table.append(Row(f"DiT forward, {tokens:,} tokens", ours_s, theirs_s, flop(tokens), *memory))
     return table
-
-
-def _measure_peak(run: Callable[[], object]) -> float:
-    """Measure the MiB that one run adds, after the C library has returned free memory to the system."""
-    ctypes.CDLL(None).malloc_trim(0)
-    return peak_growth(run)
 
 
 def _build_pair() -> tuple[WanModel, Any]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import time
 from collections.abc import Callable
 from typing import Any
@@ -54,8 +53,7 @@ def _measure_memory(ours: WanVAE, theirs: Any, frames: int, size: int) -> Row:
 
 
 def _measure_time_and_peak(run: Callable[[], None]) -> tuple[float, float]:
-    """Measure seconds of one run and the MiB it adds, after the C library has returned free memory."""
-    ctypes.CDLL(None).malloc_trim(0)
+    """Measure seconds of one run and the MiB it adds."""
     start = time.perf_counter()
     mib = peak_growth(run)
     return time.perf_counter() - start, mib

@@ -86,7 +86,7 @@ def read(path: Path) -> AttentionFile:
     data = records.read(path, records.ATTENTION)
     try:
         with np.load(io.BytesIO(data), allow_pickle=False) as members:
-            about = json.loads(members[_JSON])
+            about = records.parse_json(members[_JSON])
             words, blocks, steps = (tuple(map(str, members[name])) for name in ("words", "blocks", "steps"))
             maps_WGSTYX = members["maps"]
         if about.pop("schema") != SCHEMA or maps_WGSTYX.dtype != np.float32 or maps_WGSTYX.ndim != 6:

@@ -61,6 +61,8 @@ ACCEPTED_NUMBERS = {
     "NoiseLevel.step": WHOLE,
     "PhaseRecord.seconds": LARGE,
     "ReportRecord.first_step_after": FREE,
+    "SteerRecord.blocks.values": {"-1"},
+    "SteerRecord.steps.values": {"-1"},
     "RuleRecord.blocks.values": SIGNED,
     "RuleRecord.gain": SIGNED,
     "RuleRecord.steps.values": SIGNED,

@@ -310,7 +310,7 @@ def test_a_record_that_the_rig_seals_unchanged_verifies(
 ) -> None:
     """Else the rig would show no more than that a broken seal is noticed."""
     before = run_wancli(capsys, "check", made / "out", "--json")
-    assert (before.code, json.loads(before.out)["verified"]) == (0, {"videos": 2, "latents": 2, "states": 1})
+    assert (before.code, json.loads(before.out)["verified"]) == (0, {"videos": 3, "latents": 3, "states": 1})
     for kind in ("manifest", "latent", "state", "entry"):
         for path in made.glob(KINDS[kind]):
             seal(kind, path, lambda value: value)

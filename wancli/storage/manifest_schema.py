@@ -210,9 +210,9 @@ class AreaRecord(Data):
 class NagRecord(Data):
     """The settings of normalised attention guidance."""
 
-    scale: Strength
-    alpha: Strength
-    tau: Strength
+    scale: Annotated[Strength, Field(ge=0)]
+    alpha: Annotated[Strength, Field(ge=0)]
+    tau: Annotated[Strength, Field(ge=0)]
 
 
 class RuleRecord(Data):

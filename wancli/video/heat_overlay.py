@@ -11,11 +11,10 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
 
-from wancli.storage import atomic, sidecars
 from wancli.storage.attention_file import latent_frame
 from wancli.video import mp4
 from wancli.video.clip import Clip
-from wancli.video.side_by_side import choose_layout, draw_empty_grid, paste
+from wancli.video.side_by_side import choose_layout, draw_empty_grid, paste, write_pages
 
 if TYPE_CHECKING:
     import numpy as np
@@ -25,8 +24,6 @@ if TYPE_CHECKING:
     Maps: TypeAlias = NDArray[np.float32]
 
 COMMENT = "attention maps by wancli"
-_MARKER = b"\0\0\0\0" + COMMENT.encode()  # the comment of an MP4 begins after four zeros
-_MARKER_WITHIN = 1 << 22
 _DARKENED = 0.3  # what is left of the brightness of a frame
 # Heat from 0 to 1 in equal steps; dark to bright, so that it is read without colours, too.
 _COLOURS = ((0, 0, 0), (85, 15, 110), (185, 55, 85), (250, 140, 10), (252, 255, 165))
@@ -41,30 +38,16 @@ def write(path: Path, video: Path, info: mp4.VideoInfo, maps_WTYX: Maps, words: 
     tops = [float(maps_TYX.max()) for maps_TYX in maps_WTYX]
     cells = [Clip(video, word, None, info) for word in words]
     layout = choose_layout(cells, label_lines=2)
-    width, height = layout.grid_size
 
-    def draw_frames() -> Iterator[bytes]:
+    def draw_pages() -> Iterator[bytes]:
         page_YX3 = draw_empty_grid(layout, cells, [f"at most {100 * top:.3g} %" for top in tops])
         for number, picture_YX3 in enumerate(cells[0].read_pictures()):
             for place, (maps_TYX, top) in enumerate(zip(maps_WTYX, tops)):
                 heat_YX = maps_TYX[latent_frame(number)] / (top or 1.0)
                 paste(page_YX3, layout, place, draw_heat(picture_YX3, heat_YX))
             yield page_YX3.tobytes()
-        if sidecars.has_marker(path, _MARKER, _MARKER_WITHIN):  # only when its replacement is complete
-            atomic.remove(path)
-        atomic.move_aside(path)
 
-    mp4.write_mp4(
-        draw_frames(),
-        path,
-        width=width,
-        height=height,
-        fps=info.fps,
-        frame_count=info.frame_count,
-        crf=16,
-        codec="h264",
-        comment=COMMENT,
-    )
+    write_pages(path, draw_pages(), layout, info.fps, info.frame_count, COMMENT)
 
 
 def draw_heat(picture_YX3: Picture, heat_YX: Maps) -> Picture:

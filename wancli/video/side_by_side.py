@@ -34,7 +34,7 @@ ASPECT_RATIO = 16 / 9  # of the grid, approximately
 GAP = 8
 BAR_COLOUR = 0
 COMMENT = "side by side by wancli"
-_MARKER = b"\0\0\0\0" + COMMENT.encode()  # the comment of an MP4 begins after four zeros
+_COMMENT_WITHIN = 1 << 22  # bytes: the header comes first
 
 
 @dataclass(frozen=True)
@@ -73,21 +73,37 @@ def write(path: Path, clips: Sequence[Clip], notes: Sequence[str]) -> None:
     layout = choose_layout(clips, label_lines=2 if any(notes) else 1)
     fps = max(clip.info.fps for clip in clips)
     count = max(math.ceil(clip.info.frame_count * fps / clip.info.fps) for clip in clips)
-    width, height = layout.grid_size
 
-    def draw_frames() -> Iterator[bytes]:
+    def draw_pages() -> Iterator[bytes]:
         page_YX3 = draw_empty_grid(layout, clips, notes)
         for pictures in _synchronize(clips, fps, count):
             for place, picture_YX3 in enumerate(pictures):
                 if picture_YX3 is not None:
                     paste(page_YX3, layout, place, picture_YX3)
             yield page_YX3.tobytes()
-        if sidecars.has_marker(path, _MARKER, 1 << 22):  # only when its replacement is complete
+
+    write_pages(path, draw_pages(), layout, fps, count, COMMENT)
+
+
+def write_pages(
+    path: Path, pages: Iterator[bytes], layout: Layout, fps: Fraction, count: int, comment: str
+) -> None:
+    """Write `count` pages of a grid to an MP4. An earlier file with this comment is replaced, another file of
+    that name is moved aside.
+
+    Raises FfmpegError, NoSpace, MachineError.
+    """
+
+    def draw_then_replace() -> Iterator[bytes]:
+        yield from pages
+        # The comment of an MP4 begins after four zeros. Looks only now, when the replacement is complete.
+        if sidecars.has_marker(path, b"\0\0\0\0" + comment.encode(), _COMMENT_WITHIN):
             atomic.remove(path)
         atomic.move_aside(path)
 
+    width, height = layout.grid_size
     mp4.write_mp4(
-        draw_frames(),
+        draw_then_replace(),
         path,
         width=width,
         height=height,
@@ -95,7 +111,7 @@ def write(path: Path, clips: Sequence[Clip], notes: Sequence[str]) -> None:
         frame_count=count,
         crf=16,
         codec="h264",
-        comment=COMMENT,
+        comment=comment,
     )
 
 

@@ -16,7 +16,8 @@ from wancli.cli import app, run
 from wancli.errors import ExitStatus
 from wancli.job.foreign_words import explain_word
 from wancli.job.loader import load, parse
-from wancli.job.schema import ImageOptions, InjectPicture, InjectPrompt, Job, Video
+from wancli.job.schema import ImageOptions, Job, Video
+from wancli.job.schema_rules import InjectPicture, InjectPrompt
 from wancli.report.event_schema import build_event_schema
 
 ROOT = Path(__file__).parent.parent

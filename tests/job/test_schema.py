@@ -13,7 +13,7 @@ from jobs import tiny_job
 
 from wancli.errors import JobError
 from wancli.job.loader import JobFile, load, parse
-from wancli.job.schema import EmbeddingFile
+from wancli.job.schema_values import EmbeddingFile
 from wancli.job.validation import known_keys
 
 MINIMAL = "model: m\nprompt: a cat\n"

@@ -11,6 +11,7 @@ from jobs import manifest_of, rule, run_wancli, tiny_job, write_job
 from pydantic import BaseModel, TypeAdapter, ValidationError
 
 from wancli.job import schema as job
+from wancli.job import schema_rules as rules
 from wancli.plan import picture_resolver
 from wancli.storage import manifest_schema as records
 from wancli.storage import model_schema
@@ -37,10 +38,10 @@ SHOT, RULE, LORA = records.ShotSettings, records.RuleRecord, records.LoraRecord
         (job.Sampler, "guidance", 100.0, 100.1, SHOT, "guidance"),
         (job.Sampler, "boundary", 1.0, 1.1, SHOT, "boundary"),
         (job.ExpertGuidance, "high", 100.0, 100.1, records.StageRecord, "guidance"),
-        (job.InjectRule, "gain", 100.0, 100.1, RULE, "gain"),
-        (job.InjectRule, "gain", -100.0, -100.1, RULE, "gain"),
-        (job.LoraEntry, "strength", 10.0, 10.1, LORA, "strength"),
-        (job.LoraEntry, "strength", -10.0, -10.1, LORA, "strength"),
+        (rules.InjectRule, "gain", 100.0, 100.1, RULE, "gain"),
+        (rules.InjectRule, "gain", -100.0, -100.1, RULE, "gain"),
+        (rules.LoraEntry, "strength", 10.0, 10.1, LORA, "strength"),
+        (rules.LoraEntry, "strength", -10.0, -10.1, LORA, "strength"),
         (job.Video, "fps", 240, 241, SHOT, "fps"),
         (job.Video, "crf", 51, 52, SHOT, "crf"),
         (job.Memory, "decode_chunk", 64, 65, SHOT, "decode_chunk"),

@@ -13,7 +13,8 @@ from dataclasses import replace
 from pathlib import PurePosixPath
 from typing import TYPE_CHECKING
 
-from wancli.job.schema import Compare, Job, Strength
+from wancli.job.schema import Compare, Job
+from wancli.job.schema_values import Strength
 
 if TYPE_CHECKING:
     from wancli.job.loader import Item

@@ -7,24 +7,14 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag
+from pydantic import AfterValidator, BeforeValidator, Discriminator, Field, Tag
 
 from wancli import wan_mini
-from wancli.injection.selectors import Curve
+from wancli.job.schema_rules import Attention, EmphasisOption, Inject, LoraEntry, SteerEntry
+from wancli.job.schema_values import MainPrompt, Prompt, StrictModel, text_or_int, text_or_mapping
 from wancli.models.config import AttentionBackend
 from wancli.storage.records import MAX_DIGITS
 from wancli.units import parse_frame_rate
-
-
-class StrictModel(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
-
-
-class EmbeddingFile(StrictModel):
-    """A prompt that `wancli encode --out` has already encoded."""
-
-    embedding: str
-    index: int = Field(0, ge=0)
 
 
 class ModelFiles(StrictModel):
@@ -43,72 +33,6 @@ class ModelFiles(StrictModel):
     variant: str | None = Field(None, min_length=1)
 
 
-def _text_or_mapping(value: Any) -> str:
-    return "<mapping>" if isinstance(value, dict | BaseModel) else "<text>"
-
-
-def _text_or_int(value: Any) -> str:
-    return "<text>" if isinstance(value, str) else "<int>"
-
-
-Prompt = Annotated[
-    Annotated[str, Tag("<text>")] | Annotated[EmbeddingFile, Tag("<mapping>")],
-    Discriminator(_text_or_mapping),
-]
-
-
-Frames = Annotated[Annotated[int, Tag("<int>")] | Annotated[str, Tag("<text>")], Discriminator(_text_or_int)]
-
-
-class Segment(StrictModel):
-    """Frames of a video, and the prompt that they read."""
-
-    text: Prompt
-    frames: Frames | None = None
-    during: str | None = None
-
-
-Segments = Annotated[
-    list[
-        Annotated[
-            Annotated[str, Tag("<text>")] | Annotated[Segment, Tag("<mapping>")],
-            Discriminator(_text_or_mapping),
-        ]
-    ],
-    Field(min_length=1),
-]
-
-
-class PromptOverTime(StrictModel):
-    """A prompt that changes over the frames. `text` stands before that of every segment."""
-
-    segments: Segments
-    text: str | None = None
-    blend: Literal["cut", "crossfade", "relay"] = "cut"
-    fade: int | None = Field(None, ge=1, le=100_001)
-
-
-def _main_prompt_kind(value: Any) -> str:
-    if isinstance(value, list):
-        return "<list>"
-    if isinstance(value, dict):  # a misspelt `segments` is a list, too
-        has_list = any(isinstance(inner, list) for inner in value.values())
-        if has_list or PromptOverTime.model_fields.keys() & value.keys():
-            return "<segments>"
-    if isinstance(value, PromptOverTime):
-        return "<segments>"
-    return _text_or_mapping(value)
-
-
-MainPrompt = Annotated[
-    Annotated[str, Tag("<text>")]
-    | Annotated[EmbeddingFile, Tag("<mapping>")]
-    | Annotated[Segments, Tag("<list>")]
-    | Annotated[PromptOverTime, Tag("<segments>")],
-    Discriminator(_main_prompt_kind),
-]
-
-
 class ExpertGuidance(StrictModel):
     """One guidance for each of the two experts of Wan 2.2 A14B."""
 
@@ -124,9 +48,11 @@ Guidance = Annotated[
     Annotated[float, Field(ge=0, le=100), Tag("<number>")] | Annotated[ExpertGuidance, Tag("<mapping>")],
     Discriminator(_guidance_kind),
 ]
+
+
 Model = Annotated[
     Annotated[str, Tag("<text>")] | Annotated[ModelFiles, Tag("<mapping>")],
-    Discriminator(_text_or_mapping),
+    Discriminator(text_or_mapping),
 ]
 
 
@@ -149,59 +75,6 @@ class TextOptions(StrictModel):
     truncate: bool = False
 
 
-class SigmaRange(StrictModel):
-    sigma: list[float] = Field(min_length=2, max_length=2)
-
-
-class CurveSpec(StrictModel):
-    """A strength over the chosen blocks (or steps); formulas in `wancli.injection.selectors.Curve`."""
-
-    curve: Literal["linear", "gaussian", "sine", "step", "random"]
-    start: float = Field(0.0, ge=-10, le=10)
-    end: float = Field(1.0, ge=-10, le=10)
-    center: float = Field(0.5, ge=0, le=1)
-    width: float = Field(0.2, ge=0.001)
-    periods: float = Field(1.0, gt=0, le=1000)
-    every: int = Field(1, ge=1)
-    seed: int = Field(0, ge=0)
-
-    def to_curve(self) -> Curve:
-        return Curve(
-            self.curve, self.start, self.end, self.center, self.width, self.periods, self.every, self.seed
-        )
-
-
-def _strength_kind(value: Any) -> str:
-    if isinstance(value, dict | BaseModel):
-        return "<mapping>"
-    return "<list>" if isinstance(value, list) else "<number>"
-
-
-Number = Annotated[float, Field(ge=-10, le=10)]
-Strength = Annotated[
-    Annotated[Number, Tag("<number>")]
-    | Annotated[list[Number], Tag("<list>")]
-    | Annotated[CurveSpec, Tag("<mapping>")],
-    Discriminator(_strength_kind),
-]
-
-
-def _steps_kind(value: Any) -> str:
-    if isinstance(value, dict | SigmaRange):
-        return "<mapping>"
-    return "<int>" if isinstance(value, int) else "<text>"
-
-
-Steps = Annotated[
-    Annotated[int, Tag("<int>")] | Annotated[str, Tag("<text>")] | Annotated[SigmaRange, Tag("<mapping>")],
-    Discriminator(_steps_kind),
-]
-
-
-def _blocks_kind(value: Any) -> str:
-    return "<list>" if isinstance(value, list) else "<int>" if isinstance(value, int) else "<text>"
-
-
 def _scalar_kind(value: Any) -> str:
     kinds = {bool: "<bool>", int: "<int>", float: "<float>"}
     return kinds.get(type(value), "<text>")
@@ -220,136 +93,6 @@ Label = Annotated[
     | Annotated[bool, Tag("<bool>")],
     Discriminator(_scalar_kind),
 ]
-BlockSet = Annotated[
-    Annotated[int, Tag("<int>")] | Annotated[str, Tag("<text>")], Discriminator(_blocks_kind)
-]
-Blocks = Annotated[
-    Annotated[int, Tag("<int>")]
-    | Annotated[str, Tag("<text>")]
-    | Annotated[list[BlockSet], Field(min_length=1), Tag("<list>")],
-    Discriminator(_blocks_kind),
-]
-
-
-Share = Annotated[float, Field(ge=0, le=1)]
-EmphasisWeight = Annotated[float, Field(gt=0, le=100)]
-
-BlockGroups = Annotated[
-    Annotated[int, Tag("<int>")]
-    | Annotated[str, Tag("<text>")]
-    | Annotated[list[Blocks], Field(min_length=1), Tag("<list>")],
-    Discriminator(_blocks_kind),
-]
-
-
-def _step_groups_kind(value: Any) -> str:
-    return "<list>" if isinstance(value, list) else _steps_kind(value)
-
-
-StepGroups = Annotated[
-    Annotated[int, Tag("<int>")]
-    | Annotated[str, Tag("<text>")]
-    | Annotated[SigmaRange, Tag("<mapping>")]
-    | Annotated[list[Steps], Field(min_length=1), Tag("<list>")],
-    Discriminator(_step_groups_kind),
-]
-
-
-class Attention(StrictModel):
-    """Words of the prompt whose attention maps are recorded; every entry of a list is a group of its own."""
-
-    words: list[Annotated[str, Field(min_length=1)]] = Field(min_length=1, max_length=32)
-    blocks: BlockGroups = "all"
-    steps: StepGroups = "all"
-
-
-class Placement(StrictModel):
-    """Where and when a rule acts."""
-
-    blocks: Blocks = "all"
-    steps: Steps = "all"
-    expert: Literal["high", "low", "both"] = "both"
-    frames: Frames | None = None
-    during: str | None = None
-    region: list[Share] | None = Field(None, min_length=4, max_length=4)
-    mask: str | None = None
-    feather: Share = 0.0
-
-
-class EmphasisEntry(Placement):
-    """Words of the prompt that count more or less than others."""
-
-    words: str
-    weight: EmphasisWeight
-
-
-def _mapping_or_list(value: Any) -> str:
-    return "<mapping>" if isinstance(value, dict) else "<list>"
-
-
-EmphasisOption = Annotated[
-    Annotated[dict[str, EmphasisWeight], Tag("<mapping>")] | Annotated[list[EmphasisEntry], Tag("<list>")],
-    Discriminator(_mapping_or_list),
-]
-
-
-def _prompts_kind(value: Any) -> str:
-    return "<list>" if isinstance(value, list) else _text_or_mapping(value)
-
-
-Prompts = Annotated[
-    Annotated[str, Tag("<text>")]
-    | Annotated[EmbeddingFile, Tag("<mapping>")]
-    | Annotated[list[Prompt], Field(min_length=1), Tag("<list>")],
-    Discriminator(_prompts_kind),
-]
-
-
-class SteerEntry(Placement):
-    """Prompts toward which, and away from which, a vector is added to what blocks read."""
-
-    toward: Prompts | None = None
-    away: Prompts | None = None
-    file: str | None = None
-    strength: Strength = 1.0
-    step_strength: Strength = 1.0
-
-
-class InjectRule(Placement):
-    """Where, when and how strongly a second prompt or picture is read."""
-
-    strength: Strength = 1.0
-    step_strength: Strength = 1.0
-    branch: Literal["cond", "uncond", "both"] = "cond"
-    blend: Literal["context-lerp", "output-mix", "replace", "concat", "nag"] = "context-lerp"
-    gain: float = Field(1.0, ge=-100, le=100)
-
-
-class InjectPrompt(InjectRule):
-    """A second prompt, or some words of it, for chosen blocks, steps and guidance branches."""
-
-    prompt: Prompt
-    words: str | None = None
-    scale: float | None = Field(None, ge=-100, le=100)
-    alpha: float | None = Field(None, ge=0, le=1)
-    tau: float | None = Field(None, gt=0, le=100)
-
-
-class InjectPicture(InjectRule):
-    """A second picture, as CLIP sees it, for chosen blocks, steps and guidance branches."""
-
-    image: str
-
-
-def _inject_kind(value: Any) -> str:
-    has_picture = isinstance(value, InjectPicture) or (isinstance(value, dict) and "image" in value)
-    return "<picture>" if has_picture else "<prompt>"
-
-
-Inject = Annotated[
-    Annotated[InjectPrompt, Tag("<prompt>")] | Annotated[InjectPicture, Tag("<picture>")],
-    Discriminator(_inject_kind),
-]
 
 
 class ImageOptions(StrictModel):
@@ -363,7 +106,7 @@ class ImageOptions(StrictModel):
     shot: str | None = None
     frame: Annotated[
         Annotated[int, Field(ge=0), Tag("<int>")] | Annotated[Literal["last"], Tag("<text>")],
-        Discriminator(_text_or_int),
+        Discriminator(text_or_int),
     ] = "last"
     preprocess: Literal["official", "diffusers", "comfy"] = "official"
     fit: Literal["crop", "stretch", "pad"] | None = None
@@ -373,7 +116,7 @@ class ImageOptions(StrictModel):
 
 Image = Annotated[
     Annotated[str, Tag("<text>")] | Annotated[ImageOptions, Tag("<mapping>")],
-    Discriminator(_text_or_mapping),
+    Discriminator(text_or_mapping),
 ]
 
 
@@ -382,24 +125,14 @@ class AreaSize(StrictModel):
 
     area: Annotated[
         Annotated[int, Field(ge=1), Tag("<int>")] | Annotated[str, Tag("<text>")],
-        Discriminator(_text_or_int),
+        Discriminator(text_or_int),
     ]
 
 
 Size = Annotated[
     Annotated[str, Tag("<text>")] | Annotated[AreaSize, Tag("<mapping>")],
-    Discriminator(_text_or_mapping),
+    Discriminator(text_or_mapping),
 ]
-
-
-class LoraEntry(StrictModel):
-    """A LoRA, for the whole transformer or for chosen blocks and steps."""
-
-    path: str
-    strength: Number = 1.0
-    blocks: Blocks = "all"
-    steps: Steps = "all"
-    expert: Literal["both", "high", "low"] = "both"
 
 
 def _frame_rate(value: Any) -> int | str:
@@ -427,11 +160,13 @@ class Video(StrictModel):
 
 Chunk = Annotated[
     Annotated[int, Field(ge=256, lt=2**63), Tag("<int>")] | Annotated[Literal["auto"], Tag("<text>")],
-    Discriminator(_text_or_int),
+    Discriminator(text_or_int),
 ]
+
+
 Batch = Annotated[
     Annotated[int, Field(ge=1, le=1000), Tag("<int>")] | Annotated[Literal["auto"], Tag("<text>")],
-    Discriminator(_text_or_int),
+    Discriminator(text_or_int),
 ]
 
 
@@ -448,7 +183,7 @@ class Memory(StrictModel):
 
 SaveInterval = Annotated[
     Annotated[int, Field(ge=1, le=1000), Tag("<int>")] | Annotated[str, Tag("<text>")],
-    Discriminator(_text_or_int),
+    Discriminator(text_or_int),
 ]
 
 

@@ -13,26 +13,18 @@ from pydantic import BaseModel, ValidationError
 from wancli.job.foreign_words import explain_word
 from wancli.job.schema import (
     AreaSize,
-    Attention,
     Compare,
-    CurveSpec,
-    EmbeddingFile,
-    EmphasisEntry,
     ExpertGuidance,
     ImageOptions,
-    InjectPrompt,
     Job,
-    LoraEntry,
     Memory,
     ModelFiles,
-    PromptOverTime,
     Sampler,
-    Segment,
-    SigmaRange,
-    SteerEntry,
     TextOptions,
     Video,
 )
+from wancli.job.schema_rules import Attention, EmphasisEntry, InjectPrompt, LoraEntry, SteerEntry
+from wancli.job.schema_values import CurveSpec, EmbeddingFile, PromptOverTime, Segment, SigmaRange
 from wancli.job.yaml_reader import Key
 from wancli.units import quote
 

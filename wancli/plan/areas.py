@@ -17,7 +17,8 @@ from wancli.injection.area import Area, Mask, TokenGrid, average_mask, compute_w
 from wancli.injection.selectors import parse_during, parse_frames
 from wancli.job.loader import Item
 from wancli.job.problems import Problems
-from wancli.job.schema import Placement, Segment
+from wancli.job.schema_rules import Placement
+from wancli.job.schema_values import Segment
 from wancli.job.yaml_reader import Key
 from wancli.pictures.read import read_pixels
 from wancli.plan import model_registry

@@ -9,7 +9,7 @@ from wancli.injection.attention_spec import AttentionSpec, Group
 from wancli.injection.selectors import parse_blocks
 from wancli.job.loader import Item
 from wancli.job.problems import Problems
-from wancli.job.schema import Blocks, SigmaRange, Steps
+from wancli.job.schema_values import Blocks, SigmaRange, Steps
 from wancli.plan.injections import locate_errors, select_steps
 from wancli.plan.shot import ModelSpec, Prompt
 from wancli.text.words import find_rows

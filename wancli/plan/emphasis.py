@@ -11,7 +11,7 @@ from wancli.injection.table import Emphasis
 from wancli.injection.tuning import EmphasisRule
 from wancli.job.loader import Item
 from wancli.job.problems import Problems
-from wancli.job.schema import EmphasisEntry
+from wancli.job.schema_rules import EmphasisEntry
 from wancli.plan.areas import MaskReader, VideoShape, compile_area
 from wancli.plan.injections import locate_errors, narrow_to_expert, select_steps
 from wancli.plan.shot import Prompt, Shot

@@ -14,7 +14,8 @@ from wancli.injection.selectors import pair_strengths, parse_blocks, parse_steps
 from wancli.injection.table import Branch, Concat, Emphasis, Expr, Image, Lerp, Nag, Rule, Select, Steer, Text
 from wancli.job.loader import Item
 from wancli.job.problems import Problems
-from wancli.job.schema import Blocks, CurveSpec, InjectRule, SigmaRange, Steps, Strength
+from wancli.job.schema_rules import InjectRule
+from wancli.job.schema_values import Blocks, CurveSpec, SigmaRange, Steps, Strength
 from wancli.plan import word_rules
 from wancli.plan.pictures import InjectedPicture
 from wancli.plan.shot import ModelSpec, Prompt, Shot

@@ -9,7 +9,7 @@ from pathlib import Path
 from wancli.errors import JobError
 from wancli.injection.selectors import parse_blocks
 from wancli.job.loader import Item
-from wancli.job.schema import LoraEntry
+from wancli.job.schema_rules import LoraEntry
 from wancli.models.config import WanConfig
 from wancli.plan.injections import locate_errors, no_experts_error, select_steps
 from wancli.plan.shot import ShotWarning

@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from wancli.errors import JobError
 from wancli.job.loader import Item
-from wancli.job.schema import AreaSize, ImageOptions, InjectPicture
+from wancli.job.schema import AreaSize, ImageOptions
+from wancli.job.schema_rules import InjectPicture
 from wancli.models.variants import Variant
 from wancli.pictures.read import Alpha, Orient, PictureFacts, inspect_picture
 from wancli.pictures.sizes import Preprocessing, Size, default_fit, fit_to_area, official_crop

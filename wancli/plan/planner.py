@@ -19,7 +19,8 @@ from wancli.injection.block_map_store import BlockMapStore
 from wancli.injection.tuning import EmphasisRule
 from wancli.job.loader import Item, JobFile
 from wancli.job.problems import Problems
-from wancli.job.schema import InjectPicture, ModelFiles
+from wancli.job.schema import ModelFiles
+from wancli.job.schema_rules import InjectPicture
 from wancli.plan import (
     areas,
     attention,

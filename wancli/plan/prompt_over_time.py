@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from wancli.errors import JobError
 from wancli.injection.timeline import Segment, Timeline
-from wancli.job import schema
+from wancli.job import schema_values
 from wancli.job.loader import Item
 from wancli.job.problems import Problems
 from wancli.job.yaml_reader import Key
@@ -32,12 +32,12 @@ class MainPrompt(NamedTuple):
 class _Entry(NamedTuple):
     """A segment as the job wrote it, and the path of its key."""
 
-    written: str | schema.Segment
+    written: str | schema_values.Segment
     path: tuple[Key, ...]
 
     @property
-    def segment(self) -> schema.Segment:
-        return schema.Segment(text=self.written) if isinstance(self.written, str) else self.written
+    def segment(self) -> schema_values.Segment:
+        return schema_values.Segment(text=self.written) if isinstance(self.written, str) else self.written
 
     @property
     def text_path(self) -> tuple[Key, ...]:
@@ -66,11 +66,11 @@ def resolve_main_prompt(item: Item, prompts: PromptResolver, video: VideoShape) 
     Raises JobError.
     """
     spec = item.job.prompt
-    if isinstance(spec, str | schema.EmbeddingFile):
+    if isinstance(spec, str | schema_values.EmbeddingFile):
         return MainPrompt(prompts.resolve(spec, "prompt"))
     path: tuple[Key, ...] = ("prompt", "segments")
-    if not isinstance(spec, schema.PromptOverTime):
-        path, spec = ("prompt",), schema.PromptOverTime(segments=spec)
+    if not isinstance(spec, schema_values.PromptOverTime):
+        path, spec = ("prompt",), schema_values.PromptOverTime(segments=spec)
     entries = [_Entry(written, (*path, i)) for i, written in enumerate(spec.segments)]
     frames: list[tuple[int, int]] = []
     problems = Problems()
@@ -143,7 +143,7 @@ def _read_as_relay(
 def _require_text(item: Item, entry: _Entry) -> str:
     """Return the text of a segment, which other texts are joined with. Raises JobError."""
     text, where = entry.segment.text, item.location(*entry.text_path)
-    if isinstance(text, schema.EmbeddingFile):
+    if isinstance(text, schema_values.EmbeddingFile):
         raise JobError(
             "is an embedding, which cannot be joined with a text",
             where=where,
@@ -154,7 +154,7 @@ def _require_text(item: Item, entry: _Entry) -> str:
     return text
 
 
-def _choose_fade(item: Item, spec: schema.PromptOverTime, video: VideoShape) -> int:
+def _choose_fade(item: Item, spec: schema_values.PromptOverTime, video: VideoShape) -> int:
     """Return over how many frames prompts are mixed; 0 for cuts."""
     where = item.location("prompt", "fade")
     if spec.blend != "crossfade":

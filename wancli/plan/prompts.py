@@ -8,7 +8,7 @@ from pathlib import Path
 
 from wancli.errors import EntryError, JobError
 from wancli.job.loader import Item
-from wancli.job.schema import EmbeddingFile
+from wancli.job.schema_values import EmbeddingFile
 from wancli.plan import model_registry
 from wancli.plan.shot import ModelSpec, Prompt
 from wancli.storage import disk, records

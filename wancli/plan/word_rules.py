@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from wancli.errors import JobError
 from wancli.job.loader import Item
-from wancli.job.schema import InjectPrompt, InjectRule
+from wancli.job.schema_rules import InjectPrompt, InjectRule
 from wancli.plan.pictures import InjectedPicture
 from wancli.plan.shot import Prompt
 from wancli.text.words import find_rows

@@ -9,13 +9,15 @@ that key means that the shot is done.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import cache, partial
 from pathlib import Path
 from typing import Any, Literal
 
 from wancli.errors import CheckpointError, JobError
-from wancli.injection.block_map_store import BlockMapStore
+from wancli.injection.attention_spec import AttentionSpec
+from wancli.injection.block_map_store import AutoBlocks, BlockMapStore
+from wancli.injection.table import Rule
 from wancli.injection.tuning import EmphasisRule
 from wancli.job.loader import Item, JobFile
 from wancli.job.problems import Problems
@@ -43,7 +45,7 @@ from wancli.plan.injections import (
     refuse_lerp_after_concat,
     refuse_rules_without_effect,
 )
-from wancli.plan.pictures import InjectedPicture
+from wancli.plan.pictures import InjectedPicture, ShotPictures
 from wancli.plan.prompt_over_time import MainPrompt, resolve_main_prompt
 from wancli.plan.prompts import PromptResolver
 from wancli.plan.sampler import SamplerSettings, resolve_sampler
@@ -55,6 +57,32 @@ from wancli.units import parse_duration, parse_size
 from wancli.weights.checkpoint import Location, identify, text_encoder_config, vae_config
 from wancli.weights.fingerprint import fingerprint
 from wancli.weights.lora.use import LoraUse
+
+
+@dataclass(frozen=True)
+class _Files:
+    """The files that jobs name, each read once for all shots of a job."""
+
+    model_for: Callable[[Location, str, str], ModelSpec]
+    lora_for: Callable[..., loras.MatchedLora]
+    block_maps: BlockMapStore
+    pictures: picture_resolver.PictureMemo
+    masks: areas.MaskReader
+
+
+@dataclass(frozen=True)
+class _Rules:
+    """The prompts of a shot, and all that changes what its blocks read or compute."""
+
+    main: MainPrompt
+    negative: Prompt | None
+    injected: tuple[Prompt | InjectedPicture, ...]
+    rules: tuple[Rule, ...]
+    auto_blocks: tuple[AutoBlocks, ...]
+    emphasis: tuple[EmphasisRule, ...]
+    steering: Steering
+    loras: tuple[LoraUse, ...]
+    maps: AttentionSpec | None
 
 
 def build_plan(
@@ -74,34 +102,25 @@ def build_plan(
     Raises JobError with all problems of all shots, EntryError if only embedding files are wrong, or
     CheckpointError.
     """
-    model_for = cache(lambda source, device, dtype: resolve_model(source, device, dtype, hash_cache))
+    files = _Files(
+        cache(lambda source, device, dtype: resolve_model(source, device, dtype, hash_cache)),
+        cache(lambda path, transformer: loras.resolve_lora(path, transformer, hash_cache)),
+        BlockMapStore(hash_cache.parent / "maps", allow_missing=allow_missing_maps),
+        picture_resolver.PictureMemo(hash_cache.parent / "pictures.json"),
+        areas.MaskReader(),
+    )
     locations = model_registry.ModelLocations()
-    block_maps = BlockMapStore(hash_cache.parent / "maps", allow_missing=allow_missing_maps)
-    lora_for = cache(lambda path, transformer: loras.resolve_lora(path, transformer, hash_cache))
     problems = Problems()
     built: dict[int, Shot] = {}
-    pictures = picture_resolver.PictureMemo(hash_cache.parent / "pictures.json")
-    masks = areas.MaskReader()
     for index, parent in chains.order_items(jobs.items):
         item = jobs.items[index]
         if parent is not None and parent not in built:
             continue  # the problem of that shot is reported
         with problems.collect():
             continued = None if parent is None else built[parent]
-            built[index] = _build_shot(
-                jobs,
-                index,
-                item,
-                locations(item),
-                model_for,
-                lora_for,
-                measure,
-                block_maps,
-                pictures,
-                masks,
-                continued,
-            )
-    pictures.save()
+            shot = _build_shot(jobs, index, locations(item), files, continued)
+            built[index] = replace(shot, measure=True) if measure else shot
+    files.pictures.save()
     problems.raise_all()
     shots = chains.mark_kept_frames([built[index] for index in range(len(jobs.items))])
     outputs.refuse_collisions(shots, jobs)
@@ -174,59 +193,30 @@ def _choose_residency(shots: Sequence[Shot], jobs: JobFile, budget: int | None) 
     return memory_policy.choose_residency(shots, requests)
 
 
-def _build_shot(
-    jobs: JobFile,
-    index: int,
-    item: Item,
-    source: Location,
-    model_for: Callable[[Location, str, str], ModelSpec],
-    lora_for: Callable[..., loras.MatchedLora],
-    measure: bool,
-    block_maps: BlockMapStore,
-    picture_memo: picture_resolver.PictureMemo,
-    masks: areas.MaskReader,
-    continued: Shot | None,
-) -> Shot:
+def _build_shot(jobs: JobFile, index: int, source: Location, files: _Files, continued: Shot | None) -> Shot:
     """Decide a shot. `continued` is the shot whose frame begins it."""
+    item = jobs.items[index]
     job = item.job
-    model = _resolve_item_model(item, source, model_for)
+    model = _resolve_item_model(item, source, files.model_for)
     variant = model.checkpoint.variant
     problems = Problems()
     width, height = variant.width, variant.height
     fps = job.video.fps or variant.fps
     pictures = None
-    emphasis: tuple[EmphasisRule, ...] = ()
-    steering = Steering()
     with problems.collect():
-        pictures, (width, height) = picture_resolver.resolve_pictures(item, variant, picture_memo, continued)
+        pictures, (width, height) = picture_resolver.resolve_pictures(
+            item, variant, files.pictures, continued
+        )
     frames = job.frames or variant.frames
     shape = areas.VideoShape(width, height, frames, fps, variant.vae_stride)
     with problems.collect():
         _check_frames(item, frames)
-        area_of_rule = areas.compile_areas(item, shape, masks)
+        area_of_rule = areas.compile_areas(item, shape, files.masks)
     with problems.collect():
         save_every = _parse_save_interval(item)
     with problems.collect():
         sampler = resolve_sampler(item, variant, width * height)
-        sigmas, stages = sampler.schedule.sigmas, sampler.stages
-        guided = any(stage.guidance != 1 for stage in stages)
-        with problems.collect():
-            uses = _decide_loras(item, model, sampler, lora_for)
-        main, negative, injected = _resolve_prompts(item, model, shape, picture_memo, guided=guided)
-        with problems.collect():
-            maps = attention.resolve_maps(item, main.prompt, model, sigmas)
-            _require_one_prompt(item, "attention", main, used=maps is not None)
-        with problems.collect():
-            depth = model.checkpoint.transformer_config.num_layers
-            emphasis = compile_emphasis(item, main.prompt, depth, sigmas, stages, shape, masks)
-            _require_one_prompt(item, "emphasis", main, used=bool(emphasis))
-        with problems.collect():
-            steering = compile_steering(item, model, sigmas, stages, shape, masks)
-            _require_one_prompt(item, "steer", main, used=bool(steering.rules))
-        own = model.read_given(pictures)
-        rules, auto_blocks = compile_rules(
-            item, main.prompt, own.id if own else None, injected, model, block_maps, sigmas, stages
-        )
+        read = _decide_rules(item, model, sampler, shape, pictures, files)
     if problems.errors:
         with problems.collect():
             outputs.check_template(jobs, index, item)
@@ -236,11 +226,11 @@ def _build_shot(
         id=item.id,
         labels=job.labels,
         model=model,
-        prompt=main.prompt,
-        negative=negative,
-        injected=injected,
-        rules=tuple(replace(rule, area=area) for rule, area in zip(rules, area_of_rule, strict=True)),
-        loras=uses,
+        prompt=read.main.prompt,
+        negative=read.negative,
+        injected=read.injected,
+        rules=tuple(replace(rule, area=area) for rule, area in zip(read.rules, area_of_rule, strict=True)),
+        loras=read.loras,
         width=width,
         height=height,
         frames=frames,
@@ -257,24 +247,60 @@ def _build_shot(
         codec=job.video.codec,
         keep_latents=job.video.keep_latents,
         decode_chunk=job.memory.decode_chunk,
-        measure=job.measure or measure,
+        measure=job.measure,
         batch=None if job.batch == "auto" else job.batch,
         save_every=save_every,
         output=Path(),
-        auto_blocks=auto_blocks,
+        auto_blocks=read.auto_blocks,
         pictures=pictures,
-        attention=maps,
-        timeline=main.timeline,
-        later_prompts=main.others,
-        emphasis=emphasis,
-        steering=steering.rules,
-        steering_prompts=steering.prompts,
+        attention=read.maps,
+        timeline=read.main.timeline,
+        later_prompts=read.main.others,
+        emphasis=read.emphasis,
+        steering=read.steering.rules,
+        steering_prompts=read.steering.prompts,
     )
     refuse_emphasis_without_effect(shot, item)
     refuse_rules_without_effect(shot, item)
     refuse_gain_over_time(shot, item)
     refuse_lerp_after_concat(shot, item)
     return outputs.with_output(shot, jobs, item)
+
+
+def _decide_rules(
+    item: Item,
+    model: ModelSpec,
+    sampler: SamplerSettings,
+    shape: areas.VideoShape,
+    pictures: ShotPictures | None,
+    files: _Files,
+) -> _Rules:
+    """Resolve the prompts of a shot, and compile its rules against the depth of the model and the steps."""
+    problems = Problems()
+    emphasis: tuple[EmphasisRule, ...] = ()
+    steering, maps = Steering(), None
+    sigmas, stages = sampler.schedule.sigmas, sampler.stages
+    with problems.collect():
+        with problems.collect():
+            uses = _decide_loras(item, model, sampler, files.lora_for)
+        guided = any(stage.guidance != 1 for stage in stages)
+        main, negative, injected = _resolve_prompts(item, model, shape, files.pictures, guided=guided)
+        with problems.collect():
+            maps = attention.resolve_maps(item, main.prompt, model, sigmas)
+            _require_one_prompt(item, "attention", main, used=maps is not None)
+        with problems.collect():
+            depth = model.checkpoint.transformer_config.num_layers
+            emphasis = compile_emphasis(item, main.prompt, depth, sigmas, stages, shape, files.masks)
+            _require_one_prompt(item, "emphasis", main, used=bool(emphasis))
+        with problems.collect():
+            steering = compile_steering(item, model, sigmas, stages, shape, files.masks)
+            _require_one_prompt(item, "steer", main, used=bool(steering.rules))
+        own = model.read_given(pictures)
+        rules, auto_blocks = compile_rules(
+            item, main.prompt, own.id if own else None, injected, model, files.block_maps, sigmas, stages
+        )
+    problems.raise_all()
+    return _Rules(main, negative, injected, rules, auto_blocks, emphasis, steering, uses, maps)
 
 
 def _require_one_prompt(item: Item, key: str, main: MainPrompt, *, used: bool) -> None:

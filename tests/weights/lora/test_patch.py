@@ -170,6 +170,16 @@ def outside(end: tuple[str, str]) -> Tensors:
     return found
 
 
+def add_to_reference(reference: WanTransformer3DModel, changes: Tensors) -> None:
+    """Add pairs of matrices, and biases, to the weights of a model of diffusers."""
+    for key, down in changes.items():
+        module, _, end = key.removeprefix("transformer.").rpartition(".lora_")
+        if end == "A.weight":
+            reference.get_parameter(f"{module}.weight").add_(changes[key.replace("lora_A", "lora_B")] @ down)
+        elif end == "B.bias":
+            reference.get_parameter(f"{module}.bias").add_(down)
+
+
 @pytest.mark.parametrize("style", ["ComfyUI", "LightX2V", "kohya / musubi"])
 def test_a_lora_gives_the_velocity_that_diffusers_converters_give(
     style: str, twins: tuple[WanModel, WanTransformer3DModel], tmp_path: Path
@@ -199,14 +209,7 @@ def test_a_lora_gives_the_velocity_that_diffusers_converters_give(
     with torch.inference_mode():
         plain = reference(x, t, F.pad(text, (0, 0, 0, 507))[None]).sample
         converted = convert({key: tensor.clone() for key, tensor in found.items()})
-        for key, down in converted.items():
-            module, _, end = key.removeprefix("transformer.").rpartition(".lora_")
-            if end == "A.weight":
-                reference.get_parameter(f"{module}.weight").add_(
-                    converted[key.replace("lora_A", "lora_B")] @ down
-                )
-            elif end == "B.bias":
-                reference.get_parameter(f"{module}.bias").add_(down)
+        add_to_reference(reference, converted)
         expected = reference(x, t, F.pad(text, (0, 0, 0, 507))[None]).sample
         lora = load_lora(path, SHAPES)
         Patches(dict(model.named_parameters()), lambda _: []).apply_step(Loras([use(lora)], [lora]), 0)
@@ -234,14 +237,7 @@ def test_fused_projections_give_the_velocity_of_diffusers_fused_model(
     x, t, text = torch.randn(1, 16, 2, 4, 6), torch.tensor([321.0]), torch.randn(5, 32)
     with torch.inference_mode():
         plain = reference(x, t, F.pad(text, (0, 0, 0, 507))[None]).sample
-        for key, down in found.items():
-            module, _, end = key.removeprefix("transformer.").rpartition(".lora_")
-            if end == "A.weight":
-                reference.get_parameter(f"{module}.weight").add_(
-                    found[key.replace("lora_A", "lora_B")] @ down
-                )
-            elif end == "B.bias":
-                reference.get_parameter(f"{module}.bias").add_(down)
+        add_to_reference(reference, found)
         expected = reference(x, t, F.pad(text, (0, 0, 0, 507))[None]).sample
         Patches(dict(model.named_parameters()), lambda _: []).apply_step(Loras([use(lora)], [lora]), 0)
         velocity = model(x, t, [((model.project(text), 1.0),)] * DEPTH)

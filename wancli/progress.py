@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
     from wancli.engine.outcome import Outcome
     from wancli.errors import ExitStatus
-    from wancli.plan.shot import Plan
+    from wancli.plan.render_plan import Plan
 
 Mode = Literal["auto", "bar", "plain", "none"]
 

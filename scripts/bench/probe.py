@@ -30,11 +30,12 @@ from wancli.injection import block_map
 from wancli.injection.block_map import BlockMap, Method
 from wancli.injection.block_map_store import BlockMapStore
 from wancli.injection.contexts import ContextCache
+from wancli.injection.exprs import Text
 from wancli.injection.selectors import parse_blocks
-from wancli.injection.table import Text
 from wancli.job.loader import parse
 from wancli.plan.planner import build_plan
-from wancli.plan.shot import Plan, Shot
+from wancli.plan.render_plan import Plan
+from wancli.plan.shot import Shot
 from wancli.probe import request, run, sensitivity
 from wancli.probe.renders import mean_difference
 from wancli.progress import Progress

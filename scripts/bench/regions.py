@@ -20,7 +20,8 @@ import torch
 from scripts.bench.markdown import describe_machine, table
 from wancli.injection.area import Area
 from wancli.injection.contexts import ContextCache, TokenAreas
-from wancli.injection.table import Cell, Rule, Text, apply_rule
+from wancli.injection.exprs import Cell, Text
+from wancli.injection.table import Rule, apply_rule
 from wancli.models.config import ComputeOptions, WanConfig
 from wancli.models.dit import Block, WanModel
 

@@ -25,8 +25,9 @@ from wancli.job.loader import load
 from wancli.models import variants
 from wancli.models.config import ComputeOptions
 from wancli.plan import memory_estimate
+from wancli.plan.model_spec import ModelSpec
 from wancli.plan.planner import build_plan
-from wancli.plan.shot import ModelSpec, Shot
+from wancli.plan.shot import Shot
 from wancli.report.html import model_facts, page, page_data
 from wancli.report.html.collect import ReportInputs
 from wancli.weights.lora.match import Coverage

@@ -23,7 +23,7 @@ from wancli.engine.context import RenderContext
 from wancli.errors import ClaimedElsewhere, ShotError
 from wancli.job.loader import load
 from wancli.plan.planner import build_plan
-from wancli.plan.shot import Plan
+from wancli.plan.render_plan import Plan
 from wancli.progress import Progress
 from wancli.storage.cache import Store
 from wancli.storage.claims import Claims, claim_path

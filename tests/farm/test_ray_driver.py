@@ -29,7 +29,7 @@ from wancli.farm.ray_worker import Task, Worker, error_from_dict, error_to_dict
 from wancli.job.cli_overrides import NO_OVERRIDES
 from wancli.job.loader import load
 from wancli.plan.planner import build_plan
-from wancli.plan.shot import Plan
+from wancli.plan.render_plan import Plan
 
 Render = Callable[..., CommandResult]
 IDS = "abcdefgh"

@@ -15,7 +15,8 @@ from torch import Tensor
 from wancli.injection.attention_maps import AttentionMaps, word_probabilities
 from wancli.injection.attention_spec import AttentionSpec, Group
 from wancli.injection.contexts import ContextCache, Effect
-from wancli.injection.table import Branch, CellRule, Rule, Table
+from wancli.injection.exprs import Branch
+from wancli.injection.table import CellRule, Rule, Table
 from wancli.injection.tuning import EmphasisRule, SteerRule
 from wancli.models.config import ComputeOptions, WanConfig
 from wancli.models.dit import WanModel

@@ -12,21 +12,8 @@ from torch import Tensor
 
 from wancli.injection.area import Area
 from wancli.injection.contexts import ContextCache, TokenAreas
-from wancli.injection.table import (
-    AreaWeight,
-    Blend,
-    Cell,
-    Concat,
-    Emphasis,
-    Lerp,
-    Nag,
-    Rule,
-    Select,
-    Steer,
-    Table,
-    Text,
-    apply_rule,
-)
+from wancli.injection.exprs import AreaWeight, Blend, Cell, Concat, Emphasis, Lerp, Nag, Select, Steer, Text
+from wancli.injection.table import Rule, Table, apply_rule
 from wancli.injection.timeline import Segment, Timeline
 from wancli.models.config import WanConfig
 from wancli.models.dit import WanModel

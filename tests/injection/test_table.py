@@ -3,18 +3,10 @@ from __future__ import annotations
 import pytest
 
 from wancli.injection.area import Area
+from wancli.injection.exprs import AreaWeight, Concat, Image, Lerp, Text
+from wancli.injection.injected_share import injected_share, injected_share_by_block
 from wancli.injection.selectors import pair_strengths
-from wancli.injection.table import (
-    AreaWeight,
-    Concat,
-    Image,
-    Lerp,
-    Rule,
-    Table,
-    Text,
-    injected_share,
-    injected_share_by_block,
-)
+from wancli.injection.table import Rule, Table
 
 MAIN, OTHER, THIRD = Text("main"), Text("other"), Text("third")
 BASE = {"cond": "main", "uncond": "negative"}

@@ -15,7 +15,8 @@ from wancli.errors import JobError
 from wancli.injection.area import Area, TokenGrid, compute_weights
 from wancli.job.loader import load
 from wancli.plan import planner as planning
-from wancli.plan.shot import Plan, Shot
+from wancli.plan.render_plan import Plan
+from wancli.plan.shot import Shot
 from wancli.video.mp4 import write_mp4
 
 FRAMES = 13  # of 64x64: latent frames of 4 x 4 tokens

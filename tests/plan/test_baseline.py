@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from wancli.errors import JobError
 from wancli.job.loader import load
 from wancli.plan.planner import build_plan
-from wancli.plan.shot import Comparison
+from wancli.plan.render_plan import Comparison
 
 BIAS = "blocks.0.self_attn.q"
 ITEMS = [{"id": "a", "inject": [rule()]}, {"id": "b"}, {"id": "c", "inject": [rule(blocks="early")]}]

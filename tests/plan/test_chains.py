@@ -15,9 +15,10 @@ from wancli.errors import JobError
 from wancli.job.loader import parse
 from wancli.plan import planner
 from wancli.plan.chains import order_items, split_waves
+from wancli.plan.model_spec import ModelSpec
 from wancli.plan.pictures import LinkedFrame
 from wancli.plan.planner import build_plan
-from wancli.plan.shot import ModelSpec, Plan
+from wancli.plan.render_plan import Plan
 
 FIRST = {"id": "a", "image": "cat.png"}
 

@@ -13,10 +13,11 @@ from jobs import CommandResult, latents_of, manifest_of, rule, tiny_job, write_j
 from wancli.engine.output_diff import describe_record
 from wancli.errors import JobError
 from wancli.injection.area import Area
-from wancli.injection.table import Concat, Emphasis, Lerp, Text
+from wancli.injection.exprs import Concat, Emphasis, Lerp, Text
 from wancli.job.loader import load
 from wancli.plan import planner as planning
-from wancli.plan.shot import Plan, Shot
+from wancli.plan.render_plan import Plan
+from wancli.plan.shot import Shot
 from wancli.report.html.rerun_job import build_job
 from wancli.storage import manifest
 

@@ -18,7 +18,7 @@ from scripts.make_random_checkpoint import FIXTURE_PIECES, umt5_entries, write_c
 from wancli.job.loader import load
 from wancli.models.config import T5Config, WanConfig
 from wancli.plan.planner import build_plan
-from wancli.plan.shot import Plan
+from wancli.plan.render_plan import Plan
 
 MEASURED = """
 import atexit, re, sys

@@ -27,12 +27,13 @@ from jobs import (
 )
 
 from wancli.errors import CheckpointError, EntryError, JobError
-from wancli.injection.table import Text
+from wancli.injection.exprs import Text
 from wancli.job.cli_overrides import CliOverrides
 from wancli.job.loader import load
 from wancli.models.variants import NEGATIVE_PROMPT, T2V, T2V_14B, T2V_A14B, TI2V_5B
 from wancli.plan import planner as planning
-from wancli.plan.shot import Plan, Shot
+from wancli.plan.render_plan import Plan
+from wancli.plan.shot import Shot
 from wancli.text.tokenizer import Tokenizer
 
 

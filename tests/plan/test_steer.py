@@ -18,12 +18,13 @@ from wancli.engine.networks import Networks
 from wancli.engine.output_diff import describe_record
 from wancli.errors import JobError
 from wancli.injection.area import Area
-from wancli.injection.table import Lerp, Steer, Text
+from wancli.injection.exprs import Lerp, Steer, Text
 from wancli.job.loader import load
 from wancli.models.dit import WanModel
 from wancli.models.text_context import Context
 from wancli.plan import planner as planning
-from wancli.plan.shot import Plan, Shot
+from wancli.plan.render_plan import Plan
+from wancli.plan.shot import Shot
 from wancli.report.html.rerun_job import build_job
 from wancli.report.shot_text import format_shot
 from wancli.sampling.denoise import draw_noise

@@ -11,10 +11,10 @@ from jobs import CommandResult, manifest_of, rule, tiny_job, write_job
 
 from wancli.engine.output_diff import describe_record
 from wancli.errors import JobError
-from wancli.injection.table import Concat, Lerp, Nag, Select, Text
+from wancli.injection.exprs import Concat, Lerp, Nag, Select, Text
 from wancli.job.loader import load
 from wancli.plan import planner as planning
-from wancli.plan.shot import Plan
+from wancli.plan.render_plan import Plan
 from wancli.report.html.rerun_job import build_job
 from wancli.report.shot_text import describe_rule
 from wancli.storage import manifest

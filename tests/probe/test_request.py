@@ -22,7 +22,7 @@ from wancli.engine.networks import Networks
 from wancli.errors import DoesNotFit, JobError
 from wancli.injection import block_map
 from wancli.injection.contexts import ContextCache
-from wancli.injection.table import Text
+from wancli.injection.exprs import Text
 from wancli.job.loader import load
 from wancli.models.config import ComputeOptions
 from wancli.models.dit import WanModel

@@ -34,7 +34,8 @@ from jobs import (
 from wancli.errors import NotFinite
 from wancli.injection.area import Area
 from wancli.injection.contexts import ContextCache, Effect
-from wancli.injection.table import Branch, Rule, Table
+from wancli.injection.exprs import Branch
+from wancli.injection.table import Rule, Table
 from wancli.injection.timeline import Segment, Timeline
 from wancli.models.dit import Mix, Request, WanModel
 from wancli.plan.warnings import CPU_SEEDS

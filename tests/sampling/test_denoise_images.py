@@ -11,7 +11,8 @@ from image_cases import FIXTURES, Case, all_cases, load, numbers
 from oracles import relative_error
 
 from wancli.injection.contexts import ContextCache
-from wancli.injection.table import Branch, Rule, Table
+from wancli.injection.exprs import Branch
+from wancli.injection.table import Rule, Table
 from wancli.models.config import Expert, VAE22Config, VAEConfig
 from wancli.models.given_frames import NO_FRAMES, GivenFrames, encode_channels, encode_picture
 from wancli.models.vae import VAE, WanVAE

@@ -29,7 +29,7 @@ from wancli.engine.outcome import Outcome
 from wancli.errors import ClaimedElsewhere, MachineError, NoSpace, Stopped
 from wancli.job.loader import load
 from wancli.plan.planner import build_plan
-from wancli.plan.shot import Plan
+from wancli.plan.render_plan import Plan
 from wancli.progress import Progress
 from wancli.signals import Stop
 from wancli.storage import atomic, manifest

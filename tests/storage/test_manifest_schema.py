@@ -13,8 +13,8 @@ from pydantic import BaseModel, TypeAdapter, ValidationError
 from wancli.job import schema as job
 from wancli.job import schema_rules as rules
 from wancli.plan import picture_resolver
+from wancli.storage import injection_schema, model_schema
 from wancli.storage import manifest_schema as records
-from wancli.storage import model_schema
 
 
 def field(model: type[BaseModel], name: str) -> TypeAdapter[Any]:
@@ -25,7 +25,7 @@ def field(model: type[BaseModel], name: str) -> TypeAdapter[Any]:
     return TypeAdapter(Annotated[info.annotation, *info.metadata])
 
 
-SHOT, RULE, LORA = records.ShotSettings, records.RuleRecord, records.LoraRecord
+SHOT, RULE, LORA = records.ShotSettings, injection_schema.RuleRecord, injection_schema.LoraRecord
 
 
 @pytest.mark.parametrize(

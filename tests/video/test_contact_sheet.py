@@ -12,7 +12,7 @@ from jobs import run_wancli
 from PIL import Image
 from plain_video import plain_video as clip
 
-from wancli.storage.manifest_schema import LinkRecord, PictureRecord
+from wancli.storage.prompt_schema import LinkRecord, PictureRecord
 from wancli.video import clip as clips
 from wancli.video import contact_sheet, labels
 

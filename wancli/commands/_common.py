@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from wancli.farm.server import RunCommand
     from wancli.job.cli_overrides import CliOverrides
     from wancli.job.loader import JobFile
-    from wancli.plan.shot import Plan
+    from wancli.plan.render_plan import Plan
     from wancli.progress import Mode, Progress
     from wancli.storage.cache import Store
 

@@ -12,7 +12,7 @@ from wancli.errors import Unreadable
 
 if TYPE_CHECKING:
     from wancli.engine.outcome import Outcome
-    from wancli.plan.shot import Plan
+    from wancli.plan.render_plan import Plan
     from wancli.report.batch_report import Report
 
 log = logging.getLogger(__name__)

@@ -18,9 +18,10 @@ from wancli.errors import JobError, OutputExists
 from wancli.job.cli_overrides import NO_OVERRIDES, CliOverrides
 from wancli.job.loader import JobFile, load, parse
 from wancli.plan import memory_estimate, memory_policy, model_registry
+from wancli.plan.model_spec import ModelSpec
 from wancli.plan.planner import build_plan, resolve_model
 from wancli.plan.prompts import tokenize
-from wancli.plan.shot import ModelSpec, Prompt
+from wancli.plan.shot import Prompt
 from wancli.storage import disk, records
 from wancli.text.embedding import Role, read_tokens, save_embeddings
 from wancli.text.encoder import Encoded

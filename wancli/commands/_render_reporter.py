@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     from wancli.commands._render_options import RenderOptions
     from wancli.engine.outcome import Outcome
-    from wancli.plan.shot import Plan
+    from wancli.plan.render_plan import Plan
     from wancli.progress import Progress
     from wancli.report.batch_report import Report
 

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from wancli.engine.outcome import FailurePolicy, Outcome
     from wancli.farm.ray_driver import Cluster
     from wancli.job.loader import JobFile
-    from wancli.plan.shot import Plan
+    from wancli.plan.render_plan import Plan
 
 
 @takes_groups

@@ -21,8 +21,10 @@ from wancli.engine.preflight import PreflightResult, is_cached, is_finished, pre
 from wancli.errors import CheckpointError, ClaimedElsewhere, ErrorCapture, MachineError, ShotError
 from wancli.plan import batching, memory_policy
 from wancli.plan.chains import split_waves
+from wancli.plan.model_spec import ModelSpec
+from wancli.plan.render_plan import Plan, format_shots_inline
 from wancli.plan.schedule import Schedule
-from wancli.plan.shot import ModelSpec, Plan, Shot, format_shots_inline
+from wancli.plan.shot import Shot
 from wancli.storage import disk, manifest
 from wancli.storage.claims import find_holder
 

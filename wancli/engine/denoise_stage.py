@@ -19,8 +19,8 @@ from wancli.engine.picture_stage import EncodedFrames
 from wancli.engine.shot_state import ShotState, Status, is_save_due, propagate_state, save_state
 from wancli.errors import ErrorCapture, NotFinite
 from wancli.models.config import Expert
+from wancli.plan.render_plan import format_shots
 from wancli.plan.schedule import Placement
-from wancli.plan.shot import format_shots
 from wancli.resources.measure import PeakMemory
 from wancli.sampling.solvers import State
 from wancli.sampling.stages import Stage

@@ -9,7 +9,8 @@ from wancli.engine.context import RenderContext
 from wancli.engine.manifest_body import Record
 from wancli.engine.networks import prepare_device
 from wancli.errors import ErrorCapture, JobError
-from wancli.plan.shot import ModelSpec, Prompt
+from wancli.plan.model_spec import ModelSpec
+from wancli.plan.shot import Prompt
 from wancli.resources.measure import PeakMemory
 from wancli.text.embedding import load_embedding
 from wancli.text.encoder import Encoded, encode

@@ -8,7 +8,8 @@ from collections.abc import Iterator, Sequence
 from wancli.engine.context import RenderContext
 from wancli.engine.preflight import is_finished
 from wancli.plan.pictures import Join
-from wancli.plan.shot import Plan, Shot, format_shots
+from wancli.plan.render_plan import Plan, format_shots
+from wancli.plan.shot import Shot
 from wancli.storage import atomic, sidecars
 from wancli.video import mp4
 

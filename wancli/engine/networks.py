@@ -13,7 +13,7 @@ from wancli.engine import manifest_body
 from wancli.engine.manifest_body import Record
 from wancli.errors import MachineError
 from wancli.models.config import Expert
-from wancli.plan.shot import ModelSpec
+from wancli.plan.model_spec import ModelSpec
 from wancli.resources import machine
 from wancli.resources.measure import PeakMemory
 from wancli.weights.checkpoint import Checkpoint

@@ -12,15 +12,9 @@ from wancli.injection.tuning import SteerRule
 from wancli.plan.pictures import InjectedPicture
 from wancli.plan.shot import Prompt, Shot
 from wancli.storage import manifest
-from wancli.storage.manifest_schema import (
-    AreaRecord,
-    InjectedPictureRecord,
-    PromptRecord,
-    RuleRecord,
-    ShotRecord,
-    SteerRecord,
-    TimelineRecord,
-)
+from wancli.storage.injection_schema import AreaRecord, RuleRecord, SteerRecord
+from wancli.storage.manifest_schema import ShotRecord
+from wancli.storage.prompt_schema import InjectedPictureRecord, PromptRecord, TimelineRecord
 
 Difference = tuple[str, str, str]  # a key, the recorded and the new value; both empty if too long for a line
 

@@ -32,8 +32,9 @@ from wancli.engine.shot_state import ShotState, Status
 from wancli.errors import ClaimedElsewhere, EntryError, ErrorCapture, ShotError, Stopped, WancliError
 from wancli.models.config import EXPERTS, Expert
 from wancli.plan import batching
+from wancli.plan.model_spec import ModelSpec
 from wancli.plan.schedule import Round, Schedule
-from wancli.plan.shot import ModelSpec, Shot
+from wancli.plan.shot import Shot
 from wancli.resources.measure import oom_as_error, release_memory
 from wancli.storage import atomic, disk, manifest, tensor_file
 from wancli.storage.manifest_schema import ShotRecord

@@ -18,8 +18,9 @@ from wancli.engine.networks import check_weights, prepare_device
 from wancli.errors import DoesNotFit, EntryError, MachineError, OutputExists, Unreadable, WancliError
 from wancli.plan import backends, batching, disk_estimate, memory_policy
 from wancli.plan.picture_entries import entry_values
+from wancli.plan.render_plan import Plan
 from wancli.plan.schedule import Schedule
-from wancli.plan.shot import Plan, Prompt, Shot
+from wancli.plan.shot import Prompt, Shot
 from wancli.resources import machine
 from wancli.storage import atomic, disk, manifest, tensor_file
 from wancli.storage.manifest_schema import ShotRecord

@@ -21,9 +21,10 @@ from wancli.engine import attention_stage, manifest_body
 from wancli.engine.context import RenderContext
 from wancli.engine.manifest_body import Record
 from wancli.errors import EntryError, ErrorCapture
-from wancli.injection.table import Branch
+from wancli.injection.exprs import Branch
 from wancli.plan.prefix_sharing import Fork, PrefixTree
-from wancli.plan.shot import Shot, format_shots_inline
+from wancli.plan.render_plan import format_shots_inline
+from wancli.plan.shot import Shot
 from wancli.sampling import state_file
 from wancli.sampling.solvers import State
 from wancli.sampling.stages import Stage

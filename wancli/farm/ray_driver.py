@@ -25,12 +25,14 @@ from wancli.engine.preflight import PreflightResult, check_outputs
 from wancli.errors import ErrorCapture, JobError, MachineError, WancliError
 from wancli.farm.ray_worker import Task, Worker, error_from_dict
 from wancli.plan import batching
-from wancli.plan.shot import format_shots_inline
+from wancli.plan.render_plan import format_shots_inline
 from wancli.storage import disk, manifest
 
 if TYPE_CHECKING:
     from wancli.engine.context import RenderContext
-    from wancli.plan.shot import ModelSpec, Plan, Shot
+    from wancli.plan.model_spec import ModelSpec
+    from wancli.plan.render_plan import Plan
+    from wancli.plan.shot import Shot
 
 _RESTARTS, _TASK_RETRIES = 3, 2
 _POLL_SECONDS = 0.2  # seconds between two looks for signals

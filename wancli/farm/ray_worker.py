@@ -22,7 +22,7 @@ from wancli.job.cli_overrides import CliOverrides
 from wancli.signals import Stop
 
 if TYPE_CHECKING:
-    from wancli.plan.shot import Plan
+    from wancli.plan.render_plan import Plan
 
 
 @dataclass(frozen=True)

@@ -32,7 +32,7 @@ from wancli.resources.measure import oom_as_error
 from wancli.signals import STOP_SIGNALS, StartHandler, handle_signals, restore_signals
 
 if TYPE_CHECKING:
-    from wancli.plan.shot import Plan
+    from wancli.plan.render_plan import Plan
 
 # From a command line, the networks in memory and its start time to its exit code.
 RunCommand = Callable[[list[str], ModelCache, float], int]

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from wancli.injection.area import TokenGrid
 from wancli.injection.attention_maps import AttentionMaps
-from wancli.injection.table import (
+from wancli.injection.exprs import (
     AreaWeight,
     Branch,
     Cell,
@@ -27,10 +27,10 @@ from wancli.injection.table import (
     Nag,
     Select,
     Steer,
-    Table,
     Text,
     Weight,
 )
+from wancli.injection.table import Table
 from wancli.injection.token_sums import TokenSums, group_by_expr
 from wancli.models.attention_guidance import Guide
 from wancli.models.dit import Request, WanModel

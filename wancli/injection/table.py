@@ -1,120 +1,36 @@
 """Injection as data: rules become a table of what each block reads at each step and branch.
 
-A cell of the table is a weighted sum of cross-attention outputs, `((expr, weight), ...)`. A weight is a
-number or, if a rule acts in an area only, differs from token to token. An expr names a context: that of a
-prompt or a picture, or one made from others (`Lerp`, `Concat`, `Select`, `Steer`, `Emphasis`). If the blocks
-of a model attend to pictures, a cell has parts of both kinds. A `Nag` in a cell changes the sum of its
-prompts. The table is pure data without tensors; `wancli.injection.contexts` turns exprs into contexts.
+The table is pure data without tensors: its cells are those of `wancli.injection.exprs`.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
-from typing import ClassVar, Literal, Protocol
+from typing import ClassVar, Protocol
 
 from wancli.injection.area import Area
-
-Branch = Literal["cond", "uncond"]
-Blend = Literal["context-lerp", "output-mix", "replace", "concat", "nag"]
-
-
-@dataclass(frozen=True)
-class Text:
-    """The context of one prompt, by the id of its embedding."""
-
-    id: str
-
-
-@dataclass(frozen=True)
-class Image:
-    """The context of a picture (in FLF2V of both), by the id of its CLIP rows."""
-
-    id: str
-
-
-@dataclass(frozen=True)
-class Lerp:
-    """(1-weight)·a + weight·b on the projected rows of two prompts or pictures; weight > 1 extrapolates."""
-
-    a: Expr
-    b: Expr
-    weight: float
-
-
-@dataclass(frozen=True)
-class Concat:
-    """The keys of both in one softmax, those of b with ln(weight) added to their logits; if `rows` are given,
-    only these of b.
-    """
-
-    a: Expr
-    b: Expr
-    weight: float
-    rows: tuple[int, ...] | None = None
-
-
-@dataclass(frozen=True)
-class Select:
-    """The projected rows of a, with these rows of b in their places."""
-
-    a: Expr
-    b: Expr
-    rows: tuple[int, ...]
-
-
-@dataclass(frozen=True)
-class Steer:
-    """strength·vector added to the projected rows of an expr, except padding.
-
-    The vector is the mean of the pooled contexts of the prompts `toward`, minus that of those `away`.
-    """
-
-    expr: Expr
-    toward: tuple[str, ...]
-    away: tuple[str, ...]
-    strength: float
-
-
-@dataclass(frozen=True)
-class Emphasis:
-    """A bias added to the logits of some rows, `((row, bias), ...)`. It is the outermost of the exprs that
-    make a context, so that contexts which differ in it alone share keys and values.
-    """
-
-    expr: Expr
-    biases: tuple[tuple[int, float], ...]
-
-
-@dataclass(frozen=True)
-class Nag:
-    """Normalised attention guidance of the prompts of a cell, away from another prompt; formula in
-    `models.attention_guidance`. The weight of this part of a cell multiplies alpha.
-    """
-
-    negative: Text
-    scale: float
-    alpha: float
-    tau: float
-
-
-@dataclass(frozen=True)
-class AreaWeight:
-    """factor · Π w over the areas `inside` · Π (1-w) over those `outside`; w is the weight of a token in an
-    area.
-    """
-
-    factor: float
-    inside: tuple[Area, ...] = ()
-    outside: tuple[Area, ...] = ()
-
-
-Expr = Text | Image | Lerp | Concat | Select | Steer | Emphasis
-Weight = float | AreaWeight
-Cell = tuple[tuple[Expr | Nag, Weight], ...]
-Row = tuple[Cell, ...]  # one cell per block
-Parts = tuple[tuple[Expr, Weight], ...]
+from wancli.injection.exprs import (
+    AreaWeight,
+    Blend,
+    Branch,
+    Cell,
+    Concat,
+    Expr,
+    Image,
+    Lerp,
+    Nag,
+    Parts,
+    Row,
+    Select,
+    Text,
+    Weight,
+    build_inside,
+    find_source,
+    parts_of,
+    scale_weight,
+)
 
 
 class CellRule(Protocol):
@@ -183,9 +99,9 @@ class Rule:
             case "concat":
                 return tuple((self._concat(expr, injected, strength), weight) for expr, weight in own)
             case "output-mix" if strength != 1:
-                kept = tuple((expr, _scale(weight, 1 - strength)) for expr, weight in own)
+                kept = tuple((expr, scale_weight(weight, 1 - strength)) for expr, weight in own)
                 added = tuple(
-                    (expr, _scale(weight, strength)) for expr, weight in self._replace(own, injected)
+                    (expr, scale_weight(weight, strength)) for expr, weight in self._replace(own, injected)
                 )
                 return (*kept, *added)
             case _:
@@ -227,16 +143,6 @@ def apply_rule(rule: CellRule, cell: Cell, base: Text | Image, strength: float) 
     if rule.area is not None:
         changed = (*_keep_outside(own, rule.area), *_keep_inside(changed, rule.area))
     return (*others, *changed) if rule.image else (*changed, *others)
-
-
-def build_inside(
-    expr: Expr, build: Callable[[Expr], Expr], keep: Callable[[int], float] = lambda _: 1.0
-) -> Expr:
-    """Build an expr from another one whose emphasis stays outermost, each bias times what a row keeps."""
-    if not isinstance(expr, Emphasis):
-        return build(expr)
-    biases = tuple((row, bias * keep(row)) for row, bias in expr.biases if keep(row))
-    return Emphasis(build(expr.expr), biases) if biases else build(expr.expr)
 
 
 class Table:
@@ -305,7 +211,7 @@ class Table:
 
     def own_prompts(self, branch: Branch) -> tuple[Text, ...]:
         """Return the prompts that blocks read in a branch without rules."""
-        sources = (_find_source(expr) for expr, _ in parts_of(self.base_cell(branch), image=False))
+        sources = (find_source(expr) for expr, _ in parts_of(self.base_cell(branch), image=False))
         return tuple(dict.fromkeys(source for source in sources if isinstance(source, Text)))
 
     def distinct_rows(self, branch: Branch) -> dict[Row, list[int]]:
@@ -338,19 +244,6 @@ def _name_rules(rules: Sequence[CellRule]) -> tuple[str, ...]:
     return tuple(names)
 
 
-def parts_of(cell: Cell, *, image: bool) -> Parts:
-    """Return the parts of a cell that are prompts or, if `image`, those that are pictures."""
-    return tuple(
-        (expr, weight) for expr, weight in cell if not isinstance(expr, Nag) and is_image(expr) == image
-    )
-
-
-def _scale(weight: Weight, factor: float) -> Weight:
-    return (
-        replace(weight, factor=weight.factor * factor) if isinstance(weight, AreaWeight) else weight * factor
-    )
-
-
 def _keep_inside(parts: Parts, area: Area) -> Parts:
     """Return parts of a cell times the weight in an area. What acts before or after it is left out."""
     kept = []
@@ -372,57 +265,3 @@ def _keep_outside(parts: Parts, area: Area) -> Parts:
         else:
             kept.append((expr, replace(whole, outside=(*whole.outside, area))))
     return tuple(kept)
-
-
-def is_image(expr: Expr) -> bool:
-    """Return whether a context is that of pictures and not of prompts."""
-    return isinstance(_find_source(expr), Image)
-
-
-def _find_source(expr: Expr) -> Text | Image:
-    """Return the prompt or the picture that a context was first made from."""
-    while not isinstance(expr, Text | Image):
-        expr = expr.expr if isinstance(expr, Steer | Emphasis) else expr.a
-    return expr
-
-
-def injected_share(expr: Expr, *own: Text | Image) -> float:
-    """Return how much of a context comes from others than its branch's own prompts or picture, in [0, 1]; for
-    display. Rows of some words count as the whole prompt.
-    """
-    match expr:
-        case Text() | Image():
-            return float(expr not in own)
-        case Steer() | Emphasis():
-            return injected_share(expr.expr, *own)
-        case Select():
-            return max(injected_share(expr.a, *own), injected_share(expr.b, *own))
-    a, b = injected_share(expr.a, *own), injected_share(expr.b, *own)
-    weight = expr.weight if isinstance(expr, Lerp) else expr.weight / (1 + expr.weight)
-    return min(1.0, max(0.0, (1 - weight) * a + weight * b))
-
-
-def injected_share_by_block(row: Row, *own: Text | Image) -> tuple[float, ...]:
-    """Return for each block how much of what it reads was injected, in [0, 1]: of the prompts, or of the
-    pictures if its `own` is one.
-    """
-    return tuple(min(1.0, _injected_share_of_cell(cell, own)) for cell in row)
-
-
-def _injected_share_of_cell(cell: Cell, own: Sequence[Text | Image]) -> float:
-    """Return the injected share where it is largest: a cell with areas has another one in each of them."""
-    everywhere = 0.0
-    by_areas: dict[tuple[tuple[Area, ...], ...], float] = {}
-    is_image = isinstance(own[0], Image)
-    shares = [(injected_share(expr, *own), weight) for expr, weight in parts_of(cell, image=is_image)]
-    if not is_image:
-        shares += [(guide.alpha, weight) for guide, weight in cell if isinstance(guide, Nag)]
-    for share, weight in shares:
-        if isinstance(weight, AreaWeight):
-            if any(one.is_beside(other) for one in weight.inside for other in weight.inside):
-                continue  # only tokens that both have pixels of
-            areas = weight.inside, weight.outside
-            by_areas[areas] = by_areas.get(areas, 0.0) + abs(weight.factor) * share
-        else:
-            everywhere += abs(weight) * share
-    return everywhere + max(by_areas.values(), default=0.0)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from wancli.injection.area import Area, TokenGrid, compute_weights
-from wancli.injection.table import AreaWeight, Cell, Emphasis, Text
+from wancli.injection.exprs import AreaWeight, Cell, Emphasis, Text
 
 PromptBlend = Literal["cut", "crossfade", "relay"]
 _EPSILON = 1e-3

@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from wancli.injection.area import Area, TokenGrid, average_frames, compute_frame_weights
-from wancli.injection.table import AreaWeight, Cell, Expr, Nag, Weight
+from wancli.injection.exprs import AreaWeight, Cell, Expr, Nag, Weight
 
 if TYPE_CHECKING:
     from wancli.injection.area import Weights

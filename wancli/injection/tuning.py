@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from wancli.injection.area import Area
-from wancli.injection.table import Branch, Emphasis, Expr, Image, Parts, Steer, Text, build_inside
+from wancli.injection.exprs import Branch, Emphasis, Expr, Image, Parts, Steer, Text, build_inside
 
 
 @dataclass(frozen=True)

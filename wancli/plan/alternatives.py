@@ -7,7 +7,8 @@ from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
 from wancli.plan import memory_estimate, memory_policy
-from wancli.plan.shot import ModelSpec, Shot
+from wancli.plan.model_spec import ModelSpec
+from wancli.plan.shot import Shot
 from wancli.resources.memory_model import Phase, Residency
 
 SIZES = ((1280, 720), (960, 544), (832, 480), (640, 368), (480, 272), (320, 176), (256, 144))

@@ -11,7 +11,8 @@ from wancli.job.loader import Item
 from wancli.job.problems import Problems
 from wancli.job.schema_values import Blocks, SigmaRange, Steps
 from wancli.plan.injections import locate_errors, select_steps
-from wancli.plan.shot import ModelSpec, Prompt
+from wancli.plan.model_spec import ModelSpec
+from wancli.plan.shot import Prompt
 from wancli.text.words import find_rows
 
 

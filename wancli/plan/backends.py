@@ -9,7 +9,7 @@ from wancli.models.config import ComputeOptions
 
 if TYPE_CHECKING:
     from wancli.job.loader import Item
-    from wancli.plan.shot import ModelSpec
+    from wancli.plan.model_spec import ModelSpec
 
 
 def read_compute_options(item: Item) -> ComputeOptions:

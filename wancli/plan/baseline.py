@@ -9,7 +9,8 @@ from dataclasses import replace
 from wancli.errors import JobError
 from wancli.job.loader import JobFile
 from wancli.job.schema import Compare
-from wancli.plan.shot import Comparison, Shot
+from wancli.plan.render_plan import Comparison
+from wancli.plan.shot import Shot
 
 
 def plan_comparison(jobs: JobFile, shots: Sequence[Shot]) -> Comparison | None:

@@ -14,10 +14,11 @@ from dataclasses import replace
 
 from wancli.plan import memory_estimate, memory_policy
 from wancli.plan.chains import split_waves
+from wancli.plan.model_spec import ModelSpec
 from wancli.plan.picture_entries import given_values
 from wancli.plan.prefix_sharing import Fork, PrefixTree
 from wancli.plan.schedule import Batch, Placement, Round, Schedule
-from wancli.plan.shot import ModelSpec, Shot
+from wancli.plan.shot import Shot
 from wancli.resources.memory_model import FP32, Phase
 
 MAX_BATCH = 8  # shots in a batch if the job does not set `batch`: one more gains little

@@ -6,8 +6,8 @@ from collections.abc import Iterator, Sequence
 
 from wancli.errors import JobError
 from wancli.injection.area import Area
+from wancli.injection.exprs import Emphasis
 from wancli.injection.selectors import parse_blocks
-from wancli.injection.table import Emphasis
 from wancli.injection.tuning import EmphasisRule
 from wancli.job.loader import Item
 from wancli.job.problems import Problems

@@ -10,15 +10,17 @@ from typing import Any
 
 from wancli.errors import JobError
 from wancli.injection.block_map_store import AutoBlocks, BlockMapStore
+from wancli.injection.exprs import Branch, Concat, Emphasis, Expr, Image, Lerp, Nag, Select, Steer, Text
 from wancli.injection.selectors import pair_strengths, parse_blocks, parse_steps
-from wancli.injection.table import Branch, Concat, Emphasis, Expr, Image, Lerp, Nag, Rule, Select, Steer, Text
+from wancli.injection.table import Rule
 from wancli.job.loader import Item
 from wancli.job.problems import Problems
 from wancli.job.schema_rules import InjectRule
 from wancli.job.schema_values import Blocks, CurveSpec, SigmaRange, Steps, Strength
 from wancli.plan import word_rules
+from wancli.plan.model_spec import ModelSpec
 from wancli.plan.pictures import InjectedPicture
-from wancli.plan.shot import ModelSpec, Prompt, Shot
+from wancli.plan.shot import Prompt, Shot
 from wancli.sampling.stages import Stage
 
 

@@ -12,7 +12,7 @@ from wancli.job.loader import Item
 from wancli.job.schema_rules import LoraEntry
 from wancli.models.config import WanConfig
 from wancli.plan.injections import locate_errors, no_experts_error, select_steps
-from wancli.plan.shot import ShotWarning
+from wancli.plan.render_plan import ShotWarning
 from wancli.sampling.stages import Stage
 from wancli.storage import disk
 from wancli.weights.component import expert_from_name

@@ -19,7 +19,8 @@ from wancli.weights.checkpoint import clip_config
 from wancli.weights.component import Component
 
 if TYPE_CHECKING:
-    from wancli.plan.shot import ModelSpec, Shot
+    from wancli.plan.model_spec import ModelSpec
+    from wancli.plan.shot import Shot
     from wancli.weights.checkpoint import Checkpoint
 
 ELEMENT_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}

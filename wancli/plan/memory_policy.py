@@ -16,8 +16,9 @@ from typing import Literal
 
 from wancli.errors import DoesNotFit
 from wancli.plan import memory_estimate
+from wancli.plan.model_spec import ModelSpec
 from wancli.plan.schedule import ALONE, Placement
-from wancli.plan.shot import ModelSpec, Shot
+from wancli.plan.shot import Shot
 from wancli.resources import machine
 from wancli.resources.memory_model import Residency
 from wancli.units import format_bytes

@@ -25,7 +25,8 @@ from wancli.storage import disk
 from wancli.storage.file_memo import file_identity, read_memo, write_memo
 
 if TYPE_CHECKING:
-    from wancli.plan.shot import ModelSpec, Shot
+    from wancli.plan.model_spec import ModelSpec
+    from wancli.plan.shot import Shot
 
 MAX_SIDE = 99_999  # pixels of a video
 _FACTS = {field.name for field in fields(PictureFacts)}

@@ -45,11 +45,13 @@ from wancli.plan.injections import (
     refuse_lerp_after_concat,
     refuse_rules_without_effect,
 )
+from wancli.plan.model_spec import ModelSpec
 from wancli.plan.pictures import InjectedPicture, ShotPictures
 from wancli.plan.prompt_over_time import MainPrompt, resolve_main_prompt
 from wancli.plan.prompts import PromptResolver
+from wancli.plan.render_plan import Plan
 from wancli.plan.sampler import SamplerSettings, resolve_sampler
-from wancli.plan.shot import ModelSpec, Plan, Prompt, SaveInterval, Shot
+from wancli.plan.shot import Prompt, SaveInterval, Shot
 from wancli.plan.steering import Steering, compile_steering
 from wancli.resources import machine
 from wancli.text.encoder import EncoderSpec

@@ -14,7 +14,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from wancli.injection.table import Row, Table
+    from wancli.injection.exprs import Row
+    from wancli.injection.table import Table
     from wancli.plan.shot import Shot
 
 

@@ -10,7 +10,8 @@ from wancli.errors import EntryError, JobError
 from wancli.job.loader import Item
 from wancli.job.schema_values import EmbeddingFile
 from wancli.plan import model_registry
-from wancli.plan.shot import ModelSpec, Prompt
+from wancli.plan.model_spec import ModelSpec
+from wancli.plan.shot import Prompt
 from wancli.storage import disk, records
 from wancli.text.embedding import Role, read_roles, read_tokens
 from wancli.text.encoder import EncoderSpec

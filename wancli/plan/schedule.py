@@ -14,7 +14,8 @@ from wancli.plan import memory_estimate
 from wancli.plan.prefix_sharing import Fork
 
 if TYPE_CHECKING:
-    from wancli.plan.shot import ModelSpec, Shot
+    from wancli.plan.model_spec import ModelSpec
+    from wancli.plan.shot import Shot
     from wancli.resources.memory_model import Phase
 
 Batch = tuple["Shot", ...]  # shots whose forwards share each pass over the weights

@@ -1,54 +1,34 @@
-"""A Plan of Shots: everything that a render will do, decided and frozen."""
+"""A Shot: one video with everything that its render will do, decided and frozen."""
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
-import os
-import sys
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 from wancli.injection.area import TokenGrid
 from wancli.injection.attention_spec import AttentionSpec
 from wancli.injection.block_map_store import AutoBlocks
-from wancli.injection.table import Branch, Cell, CellRule, Rule, Table
+from wancli.injection.exprs import Branch, Cell
+from wancli.injection.table import CellRule, Rule, Table
 from wancli.injection.timeline import Timeline
 from wancli.injection.tuning import EmphasisRule, SteerRule
-from wancli.models.config import (
-    ComputeOptions,
-    Expert,
-    T5Config,
-    VAE22Config,
-    VAEConfig,
-    WanConfig,
-    compute_dtype,
-)
-from wancli.pictures.sizes import Method
+from wancli.plan.keys import hash_settings, rule_settings, used_fields
+from wancli.plan.model_spec import ModelSpec
 from wancli.plan.pictures import (
-    CLIP_ROWS,
     ClipPictures,
     InjectedPicture,
-    Join,
     LinkedFrame,
     PictureFile,
     ShotPictures,
 )
-from wancli.plan.schedule import Schedule
-from wancli.resources.memory_model import Residency
 from wancli.sampling.solvers import SigmaSchedule, build_sigma_schedule
 from wancli.sampling.stages import Stage, split_stages
-from wancli.storage.paths import slugify
-from wancli.text.encoder import EncoderSpec
 from wancli.text.tokenizer import Tokens
-from wancli.weights.checkpoint import Checkpoint
 from wancli.weights.lora.use import LoraUse
 
-_NAME_BYTES = 200  # of a job, for the names of files about it
 PIXEL_VERSION = 1  # raised whenever a new version of wancli makes other pixels from the same job
 
 
@@ -65,58 +45,6 @@ class Prompt:
     def rows(self) -> int:
         """The number of keys that the blocks keep for it: its tokens and one for all padding."""
         return len(self.tokens.ids) + 1
-
-
-@dataclass(frozen=True)
-class ModelSpec:
-    """A checkpoint with the sizes and fingerprints of its parts, and how it will run."""
-
-    checkpoint: Checkpoint
-    text_encoder: T5Config
-    vae_sizes: VAEConfig | VAE22Config
-    transformer: str  # SHA-256, of both experts if there are two
-    vae: str  # SHA-256
-    encoder: EncoderSpec
-    device: Literal["cpu", "cuda"]
-    dtype: Literal["fp32", "bf16", "fp16", "fp8"]
-    clip: str = ""  # SHA-256 of the image encoder; empty if the blocks attend to text alone
-    residency: Residency = "resident"  # of the transformer's blocks; changes no pixel
-    kernels: ComputeOptions = field(default_factory=ComputeOptions)
-    budget: int | None = None  # the memory limit that the user set; None: what was free
-    # Bytes that the process may take at its peak, on CUDA those of the device. Read once, by the planner.
-    memory_limit: int = field(default=sys.maxsize, compare=False)
-    # How the residencies and the chunk were chosen. Models of the same settings are the same.
-    residency_reasons: tuple[str, ...] = field(default=(), compare=False)
-
-    @property
-    def compute_dtype(self) -> Literal["fp32", "bf16", "fp16"]:
-        """The dtype of matmuls: weights in fp8 are unpacked for them."""
-        return compute_dtype(self.dtype, self.device)
-
-    @property
-    def first_expert(self) -> Expert:
-        """The network that takes the first steps."""
-        return "only" if self.checkpoint.variant.boundary is None else "high"
-
-    def read_with_clip(
-        self, sources: Sequence[PictureFile | LinkedFrame], method: Method
-    ) -> ClipPictures | None:
-        """Return what the blocks read of these pictures; None if they attend to text alone.
-
-        FLF2V has places for the rows of two pictures. All others read the first, as the official code does.
-        """
-        if not self.clip:
-            return None
-        count = (self.checkpoint.transformer_config.image_rows or CLIP_ROWS) // CLIP_ROWS
-        read = (*sources, *sources)[:count]
-        pixels = [[source.pixels_key, method] for source in read]
-        return ClipPictures(_hash(["clip", self.clip, self.device, pixels]), read, method)
-
-    def read_given(self, pictures: ShotPictures | None) -> ClipPictures | None:
-        """Return what the blocks read of given frames, if there are any; as `read_with_clip`."""
-        if pictures is None:
-            return None
-        return self.read_with_clip([frame.source for frame in pictures.frames], pictures.first.how.method)
 
 
 @dataclass(frozen=True)
@@ -270,20 +198,20 @@ class Shot:
         """Hash of all that the latent depends on."""
         low, kernels = self.guidance_low, self.model.kernels
         experts = [] if low is None else [low, self.boundary]
-        return _hash(
+        return hash_settings(
             {
                 "pixels": PIXEL_VERSION,
                 "transformer": self.model.transformer,
-                "sizes": _as_dict(self.model.checkpoint.transformer_config),
+                "sizes": used_fields(self.model.checkpoint.transformer_config),
                 "dtype": self.model.dtype,
                 "texts": [prompt.id for prompt in self.prompts],
-                "rules": [_rule_settings(rule) for rule in self.rules],
+                "rules": [rule_settings(rule) for rule in self.rules],
                 **({"timeline": self.timeline.pixel_settings} if self.timeline else {}),
                 "shape": self.latent_shape,
                 "noise": [self.noise, self.seed],
                 "sampler": [self.solver, self.steps, self.shift, self.guidance, *experts],
-                **({"emphasis": [_rule_settings(rule) for rule in self.emphasis]} if self.emphasis else {}),
-                **({"steer": [_rule_settings(rule) for rule in self.steering]} if self.steering else {}),
+                **({"emphasis": [rule_settings(rule) for rule in self.emphasis]} if self.emphasis else {}),
+                **({"steer": [rule_settings(rule) for rule in self.steering]} if self.steering else {}),
                 **({"loras": [use.pixel_settings for use in self.loras]} if self.loras else {}),
                 **({"attention": kernels.attention} if kernels.attention != "auto" else {}),
                 **({"fp8_matmul": True} if kernels.fp8_matmul else {}),
@@ -299,7 +227,7 @@ class Shot:
     def key(self) -> str:
         """Hash of all that the video depends on."""
         video = [self.model.vae, self.decode_chunk, self.fps, self.crf, self.codec]
-        return _hash([self.latents_key, *video])
+        return hash_settings([self.latents_key, *video])
 
     @property
     def continues(self) -> LinkedFrame | None:
@@ -331,69 +259,7 @@ class Shot:
 
     def frame_key(self, frame: int) -> str:
         """Hash of all that the pixels of a frame depend on, before compression."""
-        return _hash([self.latents_key, self.model.vae, self.decode_chunk, frame])
-
-
-class ShotWarning(NamedTuple):
-    """A kind of warning, and the detail of one shot that stands for `{}` in it."""
-
-    kind: str
-    detail: str = ""
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """A comparison of finished shots. `baselines` has by id of a shot the id of its baseline; None if it is
-    compared with nothing."""
-
-    baselines: Mapping[str, str | None]
-    default_baseline: str  # the first one, or the first shot if there is none
-    sheet: bool
-    video: bool
-    added: tuple[str, ...] = ()  # plain shots that the job does not list
-
-
-@dataclass(frozen=True)
-class Plan:
-    """The shots to render, and the warnings for the user before the render starts."""
-
-    name: str
-    shots: tuple[Shot, ...]
-    warnings: tuple[str, ...]
-    unselected: tuple[Shot, ...] = ()  # shots of the same job that are not to be rendered
-    comparison: Comparison | None = None
-    schedule: Schedule = field(default_factory=Schedule)  # of `shots`
-    joins: tuple[Join, ...] = ()
-
-    @property
-    def all_shots(self) -> list[Shot]:
-        """All shots of the job, selected or not."""
-        return sorted((*self.shots, *self.unselected), key=lambda shot: shot.index)
-
-    def sidecar_path(self, suffix: str) -> Path:
-        """Return the path of a file about the whole job.
-
-        It is in the folder that the outputs share, else in the folder of the first output.
-        """
-        shots = self.all_shots
-        folder = Path(os.path.commonpath([shot.output.parent for shot in shots]))
-        if folder == folder.parent:  # they share nothing but the root of the file system
-            folder = shots[0].output.parent
-        name = os.fsencode(self.name)
-        if len(name) > _NAME_BYTES:
-            return folder / f"{slugify(self.name)}-{hashlib.sha256(name).hexdigest()[:12]}.{suffix}"
-        return folder / f"{self.name}.{suffix}"
-
-
-def format_shots(shots: Sequence[Shot]) -> str:
-    """Name shots for people: by the id of one, or by their number, the first and the last."""
-    first, last = shots[0].id, shots[-1].id
-    return first if len(shots) == 1 else f"{len(shots)} shots, {first} to {last}"
-
-
-def format_shots_inline(shots: Sequence[Shot]) -> str:
-    """Name shots in the middle of a sentence."""
-    return f"shot {format_shots(shots)}" if len(shots) == 1 else format_shots(shots)
+        return hash_settings([self.latents_key, self.model.vae, self.decode_chunk, frame])
 
 
 # The shots of a sweep share most of these. A table lists every cell it changes: few are kept at a time.
@@ -408,19 +274,3 @@ def _table(
     over_time: Cell,
 ) -> Table:
     return Table(rules, dict(base), depth, steps, unguided, image, over_time)
-
-
-def _rule_settings(rule: Rule | EmphasisRule | SteerRule) -> dict[str, Any]:
-    area = {} if rule.area is None else {"area": rule.area.pixel_settings}
-    settings = _as_dict(replace(rule, area=None)) | area
-    return {name: value for name, value in settings.items() if name != "words"}  # their rows count
-
-
-@lru_cache(1024)
-def _as_dict(value: Rule | EmphasisRule | SteerRule | WanConfig) -> dict[str, Any]:
-    """Return the fields that count for a key: those added since keys exist only if they are used."""
-    return {name: x for name, x in asdict(value).items() if x is not None and x is not False}
-
-
-def _hash(value: object) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True, separators=(",", ":")).encode()).hexdigest()

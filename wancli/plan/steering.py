@@ -12,8 +12,9 @@ from wancli.job.loader import Item
 from wancli.job.problems import Problems
 from wancli.plan.areas import MaskReader, VideoShape, compile_area
 from wancli.plan.injections import locate_errors, narrow_to_expert, select_steps, to_curve
+from wancli.plan.model_spec import ModelSpec
 from wancli.plan.prompts import PromptResolver
-from wancli.plan.shot import ModelSpec, Prompt
+from wancli.plan.shot import Prompt
 from wancli.sampling.stages import Stage
 
 

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Annotated, ClassVar
 from pydantic import Field
 
 from wancli.errors import EntryError, MachineError, Unreadable
-from wancli.injection.table import Concat, Emphasis, Image, Lerp, Nag, Select, Steer, Text
+from wancli.injection.exprs import Concat, Emphasis, Image, Lerp, Nag, Select, Steer, Text
 from wancli.injection.token_sums import TokenSums, group_by_expr
 from wancli.plan import memory_estimate
 from wancli.plan.picture_entries import entry_flops
@@ -31,9 +31,11 @@ from wancli.storage.schema import Data, Positive
 
 if TYPE_CHECKING:
     from wancli.injection.area import TokenGrid
-    from wancli.injection.table import Cell, Expr, Table
+    from wancli.injection.exprs import Cell, Expr
+    from wancli.injection.table import Table
     from wancli.models.config import WanConfig
-    from wancli.plan.shot import ModelSpec, Shot
+    from wancli.plan.model_spec import ModelSpec
+    from wancli.plan.shot import Shot
     from wancli.storage.manifest_schema import ShotRecord
 
 log = logging.getLogger(__name__)

@@ -8,7 +8,8 @@ from wancli import wan_mini
 from wancli.injection.timeline import RELAY_BORDER, Segment
 from wancli.plan import loras
 from wancli.plan.prompt_syntax import find_foreign_syntax
-from wancli.plan.shot import Comparison, Shot, ShotWarning
+from wancli.plan.render_plan import Comparison, ShotWarning
+from wancli.plan.shot import Shot
 from wancli.storage import disk
 from wancli.units import list_some
 from wancli.weights.checkpoint import Checkpoint

@@ -16,7 +16,8 @@ from wancli.engine.context import RenderContext
 from wancli.injection.block_map import BlockMap, format_blocks
 from wancli.injection.table import Rule
 from wancli.plan import batching
-from wancli.plan.shot import Plan, Shot
+from wancli.plan.render_plan import Plan
+from wancli.plan.shot import Shot
 from wancli.probe import request
 from wancli.probe.request import Measured, ProbeRequest
 from wancli.video import mp4

@@ -19,7 +19,8 @@ from wancli.injection.selectors import NAMED_BLOCKS, parse_blocks
 from wancli.injection.table import Rule
 from wancli.plan import memory_estimate, memory_policy
 from wancli.plan.pictures import InjectedPicture
-from wancli.plan.shot import Plan, Prompt, Shot
+from wancli.plan.render_plan import Plan
+from wancli.plan.shot import Prompt, Shot
 from wancli.resources import memory_model
 from wancli.resources.memory_model import FP32, Phase
 from wancli.units import format_bytes

@@ -21,7 +21,8 @@ from wancli.storage.report_schema import ReportRecord
 
 if TYPE_CHECKING:
     from wancli.engine.outcome import Outcome
-    from wancli.plan.shot import Plan, Shot
+    from wancli.plan.render_plan import Plan
+    from wancli.plan.shot import Shot
     from wancli.plan.throughput import Rate
     from wancli.storage.manifest_schema import Manifest, PhaseRecord
 

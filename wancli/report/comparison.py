@@ -26,7 +26,8 @@ from wancli.video import clip, contact_sheet, side_by_side
 from wancli.video.clip import Clip
 
 if TYPE_CHECKING:
-    from wancli.plan.shot import Comparison, Plan, Shot
+    from wancli.plan.render_plan import Comparison, Plan
+    from wancli.plan.shot import Shot
 
 
 OutputFile: TypeAlias = tuple[Path, list[Clip]]  # a file and what it shows

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from wancli.storage.manifest_schema import AreaRecord, Manifest
+from wancli.storage.injection_schema import AreaRecord
+from wancli.storage.manifest_schema import Manifest
 
 if TYPE_CHECKING:
     import numpy

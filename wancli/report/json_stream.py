@@ -24,7 +24,8 @@ from wancli.stdio import describe_gaps, write_line
 
 if TYPE_CHECKING:
     from wancli.engine.outcome import Outcome
-    from wancli.plan.shot import Plan, Shot
+    from wancli.plan.render_plan import Plan
+    from wancli.plan.shot import Shot
 
 _STEP_SECONDS = 0.1  # at most ten steps a second
 

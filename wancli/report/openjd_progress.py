@@ -18,7 +18,7 @@ from wancli.units import pluralize
 
 if TYPE_CHECKING:
     from wancli.engine.outcome import Outcome
-    from wancli.plan.shot import Plan
+    from wancli.plan.render_plan import Plan
 
 _SECONDS = 1.0  # between two lines of progress
 

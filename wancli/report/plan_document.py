@@ -19,7 +19,9 @@ from wancli.text.embedding import read_tokens
 if TYPE_CHECKING:
     from wancli.injection.table import Rule
     from wancli.injection.tuning import EmphasisRule, SteerRule
-    from wancli.plan.shot import ModelSpec, Plan, Prompt, Shot
+    from wancli.plan.model_spec import ModelSpec
+    from wancli.plan.render_plan import Plan
+    from wancli.plan.shot import Prompt, Shot
     from wancli.plan.throughput import Rate
     from wancli.storage.cache import Entry, Store
     from wancli.text.tokenizer import Tokens

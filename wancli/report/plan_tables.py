@@ -26,7 +26,8 @@ if TYPE_CHECKING:
     from rich.console import RenderableType
 
     from wancli.plan.alternatives import Alternative
-    from wancli.plan.shot import Plan, Shot
+    from wancli.plan.render_plan import Plan
+    from wancli.plan.shot import Shot
     from wancli.plan.throughput import Rate
     from wancli.storage.cache import Store
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from wancli.injection.table import injected_share_by_block
+from wancli.injection.injected_share import injected_share_by_block
 from wancli.plan.pictures import GivenFrame, InjectedPicture, LinkedFrame, PictureFile
 from wancli.progress import make_printable
 from wancli.report.area_text import describe_area, draw_area
@@ -19,8 +19,9 @@ if TYPE_CHECKING:
     from wancli.injection.table import Rule
     from wancli.injection.timeline import Timeline
     from wancli.injection.tuning import EmphasisRule, SteerRule
+    from wancli.plan.render_plan import Plan
     from wancli.plan.schedule import Placement
-    from wancli.plan.shot import Plan, Prompt, Shot
+    from wancli.plan.shot import Prompt, Shot
     from wancli.weights.lora.use import LoraUse
 
 

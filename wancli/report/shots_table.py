@@ -10,7 +10,8 @@ from typing import Any
 
 from wancli.report.shot_entry import ShotEntry
 from wancli.storage import sidecars
-from wancli.storage.manifest_schema import RuleRecord, describe_injected
+from wancli.storage.injection_schema import RuleRecord
+from wancli.storage.prompt_schema import describe_injected
 from wancli.units import format_ranges
 
 Row = dict[str, str | int | float | None]

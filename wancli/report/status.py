@@ -25,7 +25,8 @@ from wancli.storage.manifest_schema import SavedState, ShotRecord
 from wancli.units import format_moment, format_ranges, format_seconds, pluralize
 
 if TYPE_CHECKING:
-    from wancli.plan.shot import Plan, Shot
+    from wancli.plan.render_plan import Plan
+    from wancli.plan.shot import Shot
     from wancli.plan.throughput import Rate
     from wancli.storage.cache import Store
 

@@ -16,8 +16,9 @@ from wancli.errors import InjectionMissed, NotFinite
 from wancli.injection.attention_maps import AttentionMaps
 from wancli.injection.contexts import BlockContexts, ContextCache, Effect, Forward, TokenAreas
 from wancli.injection.effects import predict_velocities
+from wancli.injection.exprs import Branch
 from wancli.injection.record_attention import record_attention
-from wancli.injection.table import Branch, Table
+from wancli.injection.table import Table
 from wancli.models.dit import WanModel
 from wancli.models.given_frames import NO_FRAMES, GivenFrames
 from wancli.sampling.solvers import SOLVERS, SigmaSchedule, State

@@ -8,24 +8,32 @@ default are missing in records of earlier versions.
 from __future__ import annotations
 
 import base64
-from pathlib import PurePath
 from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import AfterValidator, Field, model_validator
 
 from wancli.storage import records
 from wancli.storage.attention_schema import AttentionRecord, AttentionSpecRecord
+from wancli.storage.injection_schema import (
+    Block,
+    Branch,
+    DifferenceRecord,
+    EffectRecord,
+    EmphasisRecord,
+    LoraRecord,
+    Measured,
+    RuleRecord,
+    SteerRecord,
+    Step,
+    Strength,
+)
 from wancli.storage.model_schema import ModelRecord
-from wancli.storage.schema import Count, Data, FileName, FileRecord, Index, Number, PathText, Positive
+from wancli.storage.prompt_schema import InjectedPictureRecord, PictureRecord, PromptRecord, TimelineRecord
+from wancli.storage.schema import Count, Data, FileName, FileRecord, Index, Positive
 
 FrameRateText = Annotated[str, Field(pattern=r"^[1-9]\d{0,8}/[1-9]\d{0,8}$")]  # a fraction
-Block = Annotated[int, Field(ge=0, lt=1000)]
-Step = Annotated[int, Field(ge=0, lt=1000)]
 SKETCH_SIZE = 251  # sums per latent; a prime, so that neighbours in space fall into different sums
 Pixels = Annotated[int, Field(ge=1, lt=100_000)]  # rows or columns
-Strength = Annotated[Number, Field(ge=-1e6, le=1e6)]
-Measured = Annotated[float, Field(ge=0, le=1e100)]  # far from an overflow of its sums
-Branch = Literal["cond", "uncond"]
 
 
 class StageRecord(Data):
@@ -73,229 +81,6 @@ class PredictedPhase(Data):
     buffer: Count
     total: Count
     peak: Count
-
-
-class PromptRecord(Data):
-    """A text as the encoder read it; `cached` if its embedding had been computed before."""
-
-    id: str
-    text: str
-    tokens: Count
-    pieces: list[str] = Field(default_factory=list)
-    max_tokens: Positive = 256
-    truncated: bool
-    file: PathText | None
-    index: Index = 0
-    cached: bool
-
-
-class SegmentRecord(Data):
-    """Frames of a video, first and last included, and what blocks read there; see
-    `injection.timeline.Segment`.
-    """
-
-    frames: tuple[Count, Count]
-    id: str
-    text: str
-    rows: tuple[Count, Count] | None = None
-
-
-class TimelineRecord(Data):
-    """A prompt that changes over the frames; `fade` frames around each border mix two segments."""
-
-    segments: Annotated[tuple[SegmentRecord, ...], Field(min_length=2)]
-    blend: Literal["cut", "crossfade", "relay"]
-    fade: Count = 0
-    common: str = ""
-
-    @property
-    def text(self) -> str:
-        """The texts of all segments, for people."""
-        texts = " | ".join(segment.text for segment in self.segments)
-        return f"{self.common} {texts}" if self.common else texts
-
-
-class LinkRecord(Data):
-    """The frame of another shot's video."""
-
-    shot: str
-    frame: Count
-
-
-class InjectedPictureRecord(Data):
-    """A picture that blocks read. `sha256`, `width` and `height` are of its decoded pixels. `cached`: it had
-    been encoded before.
-    """
-
-    path: PathText
-    sha256: str
-    width: Positive
-    height: Positive
-    preprocess: str
-    orient: str
-    alpha: str
-    cached: bool
-
-    @property
-    def name(self) -> str:
-        """The name of the file."""
-        return PurePath(self.path).name
-
-
-class PictureRecord(InjectedPictureRecord):
-    """A picture as a frame of the video.
-
-    With a `link` it is a frame of another shot's video: `sha256` covers what that is made from, and
-    `pixels_sha256` is that of its pixels. Of pixels with a `crop` the middle of that width and height was
-    taken first, with grey around what is smaller.
-    """
-
-    role: Literal["first", "last"]
-    fit: str
-    link: LinkRecord | None = None
-    pixels_sha256: str | None = None
-    crop: tuple[Positive, Positive] | None = None
-
-    @property
-    def pixels_key(self) -> str:
-        """What the pixels were planned by."""
-        return f"{self.sha256} {self.crop[0]}x{self.crop[1]}" if self.crop else self.sha256
-
-    @property
-    def name(self) -> str:
-        """The name of the file, or which frame of which shot it is."""
-        if self.link:
-            return f"frame {self.link.frame} of shot {self.link.shot}"
-        return super().name
-
-
-def describe_injected(other: PromptRecord | InjectedPictureRecord) -> str:
-    """Return the text of a prompt, or the name of a picture."""
-    return other.text if isinstance(other, PromptRecord) else other.name
-
-
-class VerdictRecord(Data):
-    percent: Measured
-    band: str
-
-
-class DifferenceRecord(Data):
-    """How far an injected prompt is from the shot's own."""
-
-    verdict: VerdictRecord
-
-
-class MaskRecord(Data):
-    """The file of a mask, and the SHA-256 of its decoded pixels."""
-
-    path: PathText
-    sha256: str
-
-
-Share = Annotated[float, Field(ge=0, le=1)]
-
-
-class AreaRecord(Data):
-    """Where a rule acts, see `injection.area.Area`: None or a missing key stands for all. `tokens` counts the
-    tokens that have a pixel in it.
-    """
-
-    frames: tuple[Count, Count] | None = None
-    region: tuple[Share, Share, Share, Share] | None = None
-    feather: Share = 0.0
-    mask: MaskRecord | None = None
-    tokens: Positive
-
-
-class NagRecord(Data):
-    """The settings of normalised attention guidance."""
-
-    scale: Annotated[Strength, Field(ge=0)]
-    alpha: Annotated[Strength, Field(ge=0)]
-    tau: Annotated[Strength, Field(ge=0)]
-
-
-class RuleRecord(Data):
-    """One injection: what was planned, and how often blocks read it. `text` is the id of its prompt or, if it
-    has one, of its `picture`.
-    """
-
-    text: str
-    blocks: Annotated[dict[Block, Strength], Field(min_length=1)]
-    steps: Annotated[dict[Step, Strength], Field(min_length=1)]
-    branches: Annotated[list[Branch], Field(min_length=1)]
-    blend: Literal["context-lerp", "output-mix", "replace", "concat", "nag"]
-    gain: Strength
-    planned: Count
-    hits: Count
-    hits_by_step: dict[Step, Count]
-    hits_by_branch: dict[Branch, Count]
-    hits_by_block: dict[Block, Count]
-    difference: DifferenceRecord | None = None  # of a prompt
-    picture: InjectedPictureRecord | None = None
-    area: AreaRecord | None = None  # None: the whole video
-    words: str | None = None  # that the rule was narrowed to,
-    rows: tuple[Count, ...] | None = None  # and their rows of its prompt
-    nag: NagRecord | None = None  # of the blend `nag`
-
-    @model_validator(mode="after")
-    def _is_of_one_kind(self) -> Self:
-        if (self.difference is None) == (self.picture is None):
-            raise ValueError("an injection has either `difference`, of its prompt, or `picture`")
-        return self
-
-
-class EmphasisRecord(Data):
-    """Words of the prompt that count more or less: where, and how often blocks read them so."""
-
-    words: str
-    rows: Annotated[tuple[Count, ...], Field(min_length=1)]
-    weight: Annotated[Number, Field(gt=0, le=1e6)]
-    blocks: Annotated[tuple[Block, ...], Field(min_length=1)]
-    steps: Annotated[tuple[Step, ...], Field(min_length=1)]
-    planned: Count
-    hits: Count
-    area: AreaRecord | None = None  # None: the whole video
-
-
-class SteerRecord(Data):
-    """A steering vector: the ids of its prompts, where it was added, and how often blocks read it."""
-
-    toward: tuple[str, ...]
-    away: tuple[str, ...]
-    blocks: Annotated[dict[Block, Strength], Field(min_length=1)]
-    steps: Annotated[dict[Step, Strength], Field(min_length=1)]
-    planned: Count
-    hits: Count
-    area: AreaRecord | None = None  # None: the whole video
-
-
-class LoraRecord(Data):
-    """One LoRA: its file, where and when it was applied."""
-
-    path: PathText
-    sha256: str
-    strength: Strength
-    blocks: tuple[Block, ...] | None
-    steps: Annotated[tuple[Step, ...], Field(min_length=1)] | None
-    expert: Literal["high", "low"] | None
-    scales: tuple[Number, ...] = ()
-
-
-class EffectRecord(Data):
-    """The relative change that the injections made to one forward."""
-
-    step: Step
-    branch: Branch
-    velocity: Measured
-    blocks: dict[Block, Measured]
-    changed_percent: dict[Block, Measured]
-
-    @model_validator(mode="after")
-    def _same_blocks(self) -> Self:
-        if self.blocks.keys() != self.changed_percent.keys():
-            raise ValueError("blocks and changed_percent are of different blocks")
-        return self
 
 
 class PhaseRecord(Data):

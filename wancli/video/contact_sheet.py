@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
 
 from wancli.storage import sidecars
-from wancli.storage.manifest_schema import RuleRecord, describe_injected
+from wancli.storage.injection_schema import RuleRecord
+from wancli.storage.prompt_schema import describe_injected
 from wancli.units import format_ranges
 from wancli.video.clip import Clip
 from wancli.video.labels import PAPER, draw_line, shorten_end

@@ -22,7 +22,7 @@ from wancli.report.shot_entry import ShotEntry
 from wancli.storage import disk, manifest
 
 if TYPE_CHECKING:
-    from wancli.plan.shot import Plan
+    from wancli.plan.render_plan import Plan
 
 MANIFEST = ".manifest.json"
 

@@ -17,7 +17,8 @@ from wancli.pictures.read import Alpha, Orient, digest_pixels, read_pixels
 from wancli.pictures.sizes import Fit, Method, Preprocessing, Size
 from wancli.plan.pictures import LinkedFrame
 from wancli.storage import atomic, records
-from wancli.storage.manifest_schema import Manifest, PictureRecord
+from wancli.storage.manifest_schema import Manifest
+from wancli.storage.prompt_schema import PictureRecord
 
 if TYPE_CHECKING:
     from wancli.pictures.read import Pixels

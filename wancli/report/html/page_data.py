@@ -12,7 +12,9 @@ from urllib.parse import quote
 
 from wancli.injection.area import Area, Mask, TokenGrid
 from wancli.injection.block_map import BlockMap
-from wancli.injection.table import Branch, Row, Rule, Table, injected_share_by_block
+from wancli.injection.exprs import Branch, Row
+from wancli.injection.injected_share import injected_share_by_block
+from wancli.injection.table import Rule, Table
 from wancli.models.config import WanConfig
 from wancli.report.batch_report import Report
 from wancli.report.html import model_facts, rerun_job
@@ -20,7 +22,8 @@ from wancli.report.html.collect import ReportInputs, absolute_path
 from wancli.report.shot_entry import ShotEntry
 from wancli.report.shots_table import shot_row
 from wancli.storage import disk
-from wancli.storage.manifest_schema import AreaRecord, EffectRecord, RuleRecord, ShotRecord
+from wancli.storage.injection_schema import AreaRecord, EffectRecord, RuleRecord
+from wancli.storage.manifest_schema import ShotRecord
 
 SCHEMA = "wancli/page/1"
 MAX_CELLS = 150_000  # measured effects of blocks; beyond them a page has only their means over the steps

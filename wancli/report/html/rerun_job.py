@@ -7,18 +7,9 @@ from typing import Any
 
 from wancli.pictures.sizes import official_area
 from wancli.storage.attention_schema import AttentionRecord
-from wancli.storage.manifest_schema import (
-    AreaRecord,
-    EmphasisRecord,
-    InjectedPictureRecord,
-    LoraRecord,
-    PromptRecord,
-    RuleRecord,
-    ShotRecord,
-    ShotSettings,
-    SteerRecord,
-    TimelineRecord,
-)
+from wancli.storage.injection_schema import AreaRecord, EmphasisRecord, LoraRecord, RuleRecord, SteerRecord
+from wancli.storage.manifest_schema import ShotRecord, ShotSettings
+from wancli.storage.prompt_schema import InjectedPictureRecord, PromptRecord, TimelineRecord
 
 Job = dict[str, Any]
 _OF_LINK = "the same pixels, under another key"

@@ -72,18 +72,18 @@ def surface(command: Any, name: str = "wancli") -> list[str]:
 def test_these_are_all_commands_and_options_and_a_new_one_is_added_here_on_purpose() -> None:
     assert surface(typer.main.get_command(cli.app)) == [
         "wancli --version --install-completion --show-completion",
-        "wancli render JOB --prompt --image -o/--output --set --sweep --items --shard --save-every"
+        "wancli render JOB --prompt --image -o/--output --set --sweep --items --pick --shard --save-every"
         " --fail-fast --max-failures --retries --no-wait --engine --address --cpus-per-worker --force --json"
         " --json-stream --cache-dir --socket --log-level --progress -q/--quiet",
-        "wancli plan JOB -v/--verbose --memory --set --sweep --items --shard --json --cache-dir",
-        "wancli status JOB --set --sweep --items --shard --json --cache-dir",
-        "wancli check DIR|JOB --deep --set --sweep --items --shard --json --cache-dir",
+        "wancli plan JOB -v/--verbose --memory --set --sweep --items --pick --shard --json --cache-dir",
+        "wancli status JOB --set --sweep --items --pick --shard --json --cache-dir",
+        "wancli check DIR|JOB --deep --set --sweep --items --pick --shard --json --cache-dir",
         "wancli schema --events",
         "wancli encode JOB|PROMPT... --toward --away --cache/--no-cache --out --model --max-tokens --truncate"
-        " --set --sweep --items --shard --json --cache-dir --progress -q/--quiet",
+        " --set --sweep --items --pick --shard --json --cache-dir --progress -q/--quiet",
         "wancli decode NAME.latents.safetensors -o/--output --model --force --json --progress -q/--quiet",
-        "wancli diff A B --file --model --dit/--no-dit --set --sweep --items --shard --json --cache-dir"
-        " -q/--quiet",
+        "wancli diff A B --file --model --dit/--no-dit --set --sweep --items --pick --shard --json"
+        " --cache-dir -q/--quiet",
         "wancli attention VIDEO|LATENT --word --sigmas --blocks --prompt -o/--output --force --json"
         " --cache-dir --progress -q/--quiet",
         "wancli probe JOB --method --levels --ranges --shot -o/--output --set --json --cache-dir --progress"
@@ -377,6 +377,21 @@ def test_flags_choose_shots_that_keep_their_numbers_and_the_report_keeps_the_oth
     assert say("render", job, "-q").out.count("\n") == 3
 
 
+def test_a_picked_shot_is_rendered_larger_into_another_folder(say: Any, tmp_path: Path, known: Path) -> None:
+    job = write_job(tmp_path, tiny_job(known, output="out/{seed}.mp4", matrix={"seed": [5, 6, 7]}))
+    result = say("render", job, "-q", "--pick", "seed6", "--set", "size=96x64", "-o", f"{tmp_path}/finals/")
+    assert result == (0, f"{tmp_path}/finals/seed6.mp4\n", "")
+    record = json.loads((tmp_path / "finals" / "seed6.manifest.json").read_text())["shot"]
+    assert (record["width"], record["height"], record["seed"]) == (96, 64, 6)
+    assert not (tmp_path / "out").exists()
+    plan = say(
+        "plan", job, "--pick", "seed6,seed7", "--set", f"output={tmp_path}/finals/{{id}}.mp4", "--json"
+    )
+    assert [shot["id"] for shot in json.loads(plan.out)["shots"]] == ["seed6", "seed7"]
+    result = say("render", job, "--pick", "seed9")
+    assert (result.code, result.err.splitlines()[0]) == (2, "wancli: --pick: no shot has the id 'seed9'")
+
+
 def test_choosing_no_shot_or_an_unknown_shot_is_a_usage_error(say: Any, tmp_path: Path) -> None:
     job = write_job(tmp_path, tiny_job())
     for flags, message in (
@@ -406,7 +421,7 @@ def test_flags_change_a_job_a_prompt_and_what_is_encoded(say: Any, tmp_path: Pat
         result = say(*arguments, *MODEL, "--set", "seed=1")
         assert (result.code, result.err) == (
             2,
-            "wancli: --set, --sweep, --items and --shard are for a job, and none was given\n",
+            "wancli: --set, --sweep, --items, --pick and --shard are for a job, and none was given\n",
         )
 
 

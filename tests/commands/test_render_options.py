@@ -31,6 +31,21 @@ def test_without_words_every_option_has_its_default() -> None:
     assert RenderOptions().prints_paths
 
 
+@pytest.mark.parametrize(
+    ("output", "template"),
+    [
+        ("finals/", "finals/{id}.mp4"),
+        ("/finals", "/finals/{id}.mp4"),
+        ("v1.2/", "v1.2/{id}.mp4"),
+        ("best-{seed}.mp4", "best-{seed}.mp4"),
+        ("best.mov", "best.mov"),  # an error of the plan
+    ],
+)
+def test_the_outputs_of_a_job_go_to_a_folder_or_after_a_template(output: str, template: str) -> None:
+    assert RenderOptions(job="job.yaml", output=output).flags.sets == (f"output={template}",)
+    assert RenderOptions(prompt="a cat", output=output).flags.sets == ()
+
+
 @pytest.mark.parametrize("word", ["--json", "--json-stream"])
 def test_json_on_stdout_leaves_no_room_for_paths(word: str) -> None:
     assert not RenderOptions.parse(["job.yaml", word]).prints_paths

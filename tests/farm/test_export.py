@@ -203,6 +203,7 @@ def test_a_cancelled_task_does_not_queue_again(
         (["slurm", "JOB", "--set", "framez=5"], "framez"),
         (["slurm", "-"], "JOB: must be a file, which the tasks read"),
         (["openjd", "JOB", "--items", "4"], "--items: 4 is past the last shot (3)"),
+        (["openjd", "JOB", "--pick", "seed1"], "--pick: is set by the exported job"),
         (["openjd", "JOB", "--cache-dir", "{{x}}"], "'{{x}}' holds {{, which OpenJD replaces"),
     ],
 )

@@ -1,4 +1,4 @@
-"""--set, --sweep, --items and --shard: what they take, what they choose, and what they refuse."""
+"""--set, --sweep, --items, --pick and --shard: what they take, what they choose, and what they refuse."""
 
 from __future__ import annotations
 
@@ -171,24 +171,58 @@ def test_an_error_names_the_option(flags: dict[str, Any], message: str) -> None:
     ],
 )
 def test_items_are_ranges_as_openjd_writes_them(ranges: str, expected: list[int]) -> None:
-    assert list(CliOverrides(items=ranges).select_shots(range(10))) == expected
+    assert list(CliOverrides(items=ranges).select_shots([*"abcdefghij"], range(10))) == expected
+
+
+@pytest.mark.parametrize(
+    ("picks", "expected"),
+    [
+        (["b"], (1,)),
+        (["c, a"], (0, 2)),
+        (["c", "a,c"], (0, 2)),
+        (["x,y"], (3,)),  # the id itself has a comma
+    ],
+)
+def test_shots_are_picked_by_their_ids_and_keep_their_order(picks: list[str], expected: Any) -> None:
+    assert CliOverrides(picks=tuple(picks)).select_shots(["a", "b", "c", "x,y"], range(4)) == expected
+
+
+def test_unknown_ids_are_named_together_with_those_that_are_near() -> None:
+    ids = ["seed7-early-strength0.4", "seed7-early-strength0.9", "seed8-late-strength0.4"]
+    with pytest.raises(JobError) as caught:
+        CliOverrides(picks=("seed7-early, moon,seed8-late-strength0.4",)).select_shots(ids, range(3))
+    assert str(caught.value) == "--pick: no shot has the id 'seed7-early', 'moon'"
+    assert caught.value.hint.splitlines() == [
+        "'seed7-early': did you mean 'seed7-early-strength0.9' or 'seed7-early-strength0.4'?",
+        f"ids: {', '.join(ids)}",
+    ]
+    assert refusal(items="0", picks=("a",)) == "--items, --pick: both choose shots; give one of them"
+
+
+def test_a_shot_is_picked_from_a_sweep_after_its_keys_are_set() -> None:
+    flags = CliOverrides(sets=("size=832x480",), sweeps=("seed=1,2",), picks=("seed2",))
+    job = parse(JOB, "job.yaml", "job", Path("/jobs"), flags)
+    assert [(job.items[i].id, job.items[i].job.size) for i in job.selected] == [("seed2", "832x480")]
 
 
 @pytest.mark.parametrize("ranges", ["3-1", "1-3:-1"])
 def test_a_range_with_a_step_of_the_wrong_sign_is_refused(ranges: str) -> None:
     with pytest.raises(JobError, match="is empty"):
-        CliOverrides(items=ranges).select_shots(range(10))
+        CliOverrides(items=ranges).select_shots([*"abcdefghij"], range(10))
 
 
 @pytest.mark.parametrize(("count", "parts"), [(10, 3), (8, 8), (1000, 7), (3, 2)])
 def test_the_shards_of_a_job_are_contiguous_and_complete(count: int, parts: int) -> None:
-    shards = [CliOverrides(shard=f"{part}/{parts}").select_shots(range(count)) for part in range(parts)]
+    shards = [
+        CliOverrides(shard=f"{part}/{parts}").select_shots([*map(str, range(count))], range(count))
+        for part in range(parts)
+    ]
     assert [index for part in shards for index in part] == list(range(count))
     assert max(map(len, shards)) - min(map(len, shards)) <= 1
 
 
 def test_a_shard_is_taken_from_the_selected_items() -> None:
-    assert CliOverrides(items="0-9:2", shard="1/2").select_shots(range(10)) == (4, 6, 8)
+    assert CliOverrides(items="0-9:2", shard="1/2").select_shots([*"abcdefghij"], range(10)) == (4, 6, 8)
 
 
 def test_a_shard_has_whole_chains_in_the_order_of_their_first_shots() -> None:

@@ -65,7 +65,7 @@ def rerun_command(context: typer.Context, items: str, without: str = "") -> str:
     for parameter in context.command.params:
         name = parameter.name or ""
         source = context.get_parameter_source(name)
-        if name in ("items", "shard", without) or source is None or source.name != "COMMANDLINE":
+        if name in ("items", "picks", "shard", without) or source is None or source.name != "COMMANDLINE":
             continue
         values = context.params[name]
         for value in values if isinstance(values, (list, tuple)) else [values]:
@@ -98,10 +98,11 @@ def collect_flags(
     sweeps: list[str] | None = None,
     items: str | None = None,
     shard: str | None = None,
+    picks: list[str] | None = None,
 ) -> CliOverrides:
     from wancli.job.cli_overrides import CliOverrides
 
-    return CliOverrides(tuple(sets or ()), tuple(sweeps or ()), items, shard)
+    return CliOverrides(tuple(sets or ()), tuple(sweeps or ()), items, shard, tuple(picks or ()))
 
 
 def load_job(job: str, flags: CliOverrides) -> JobFile:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, fields, is_dataclass
 from typing import TYPE_CHECKING, Any, get_type_hints
 
 from wancli.commands._common import collect_flags
-from wancli.commands._options import Items, Sets, Shard, Sweeps
+from wancli.commands._options import Items, Picks, Sets, Shard, Sweeps
 
 if TYPE_CHECKING:
     from wancli.job.cli_overrides import CliOverrides
@@ -21,11 +21,12 @@ class JobChanges:
     sets: Sets = None
     sweeps: Sweeps = None
     items: Items = None
+    picks: Picks = None
     shard: Shard = None
 
     @property
     def flags(self) -> CliOverrides:
-        return collect_flags(self.sets, self.sweeps, self.items, self.shard)
+        return collect_flags(self.sets, self.sweeps, self.items, self.shard, self.picks)
 
 
 def takes_groups(run: Callable[..., Any]) -> Callable[..., Any]:

@@ -82,6 +82,10 @@ Sweeps = Annotated[
 Items = Annotated[
     str | None, typer.Option("--items", metavar="RANGES", help="Only these shots, from 0: 0-9,12 or 1-9:2.")
 ]
+Picks = Annotated[
+    list[str] | None,
+    typer.Option("--pick", metavar="ID[,ID]", help="Only the shots with these ids. Repeatable."),
+]
 SaveEvery = Annotated[
     str | None,
     typer.Option(

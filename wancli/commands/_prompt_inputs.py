@@ -213,7 +213,7 @@ def compare_pair(pair: PromptPair, context: RenderContext, *, dit: bool) -> Prom
 
 def _reject_flags(flags: CliOverrides) -> None:
     if flags != NO_OVERRIDES:
-        raise JobError("--set, --sweep, --items and --shard are for a job, and none was given")
+        raise JobError("--set, --sweep, --items, --pick and --shard are for a job, and none was given")
 
 
 def _collect_job_prompts(job: JobFile, hashes: Path) -> list[PromptBatch]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import PurePath
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -25,6 +26,7 @@ from wancli.commands._options import (
     LogLevelOption,
     MaxFailures,
     NoWait,
+    Picks,
     Quiet,
     RenderProgress,
     RenderProgressOption,
@@ -59,11 +61,17 @@ class RenderOptions:
     ] = None
     output: Annotated[
         str | None,
-        typer.Option("-o", "--output", metavar="FILE", help="The video of --prompt. Default: {slug}.mp4"),
+        typer.Option(
+            "-o",
+            "--output",
+            metavar="FILE|DIR",
+            help="The video of --prompt, default {slug}.mp4; or the folder of a job's videos, named by id.",
+        ),
     ] = None
     sets: Sets = None
     sweeps: Sweeps = None
     items: Items = None
+    picks: Picks = None
     shard: Shard = None
     save_every: SaveEvery = None
     fail_fast: FailFast = False
@@ -100,8 +108,12 @@ class RenderOptions:
     @property
     def flags(self) -> CliOverrides:
         """The options that change the job, and choose from its shots."""
-        save_every = [] if self.save_every is None else [f"save_every={self.save_every}"]
-        return collect_flags([*(self.sets or []), *save_every], self.sweeps, self.items, self.shard)
+        sets = [*(self.sets or [])]
+        if self.save_every is not None:
+            sets.append(f"save_every={self.save_every}")
+        if self.job is not None and self.output is not None:
+            sets.append(f"output={_name_job_outputs(self.output)}")
+        return collect_flags(sets, self.sweeps, self.items, self.shard, self.picks)
 
     @property
     def failure_policy(self) -> FailurePolicy:
@@ -121,3 +133,10 @@ class RenderOptions:
     def prints_paths(self) -> bool:
         """Whether stdout gets the path of each finished shot."""
         return not (self.as_json or self.json_stream)
+
+
+def _name_job_outputs(output: str) -> str:
+    """Return the output template of a job's shots: a folder has them by id, a name with a suffix is one."""
+    return (
+        output if PurePath(output).suffix and not output.endswith("/") else f"{output.rstrip('/')}/{{id}}.mp4"
+    )

@@ -98,7 +98,7 @@ def openjd_command(
     """
     from wancli.farm.openjd_export import build_template
 
-    render = _parse_render_options(job, context.args, "--shard", "--items")
+    render = _parse_render_options(job, context.args, "--shard", "--items", "--pick")
     path = disk.resolve(Path(job))
     shots, count = _load_items(path, replace(render.flags, items=items))
     if count < len(shots):
@@ -122,7 +122,7 @@ def _parse_render_options(job: str, words: list[str], *own: str) -> RenderOption
     if job == "-" or disk.is_pipe(Path(job)):
         raise JobError("must be a file, which the tasks read", where="JOB")
     options = RenderOptions.parse([job, *words])
-    for name in (*own, "--socket", "--prompt", "--output"):
+    for name in (*own, "--socket", "--prompt"):
         if any(word == name or word.startswith(f"{name}=") for word in words):
             raise JobError("is set by the exported job", where=name)
     if options.force:

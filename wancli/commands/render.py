@@ -75,8 +75,7 @@ def _load_job_or_prompt(options: RenderOptions) -> JobFile:
 
     if options.prompt is not None and options.job is None:
         return build_prompt_job(options.prompt, options.image, options.output or "{slug}.mp4", options.flags)
-    of_prompt = (options.prompt, options.image, options.output)
-    if options.job is None or any(option is not None for option in of_prompt):
+    if options.job is None or options.prompt is not None or options.image is not None:
         raise JobError(
             "give a job file, or --prompt",
             hint='wancli render JOB, or wancli render --prompt "A red circle drifts to the left" -o out.mp4',

@@ -1,7 +1,8 @@
-"""Options that change a job (--set, --sweep) and select from its shots (--items, --shard)."""
+"""Options that change a job (--set, --sweep) and select from its shots (--items, --pick, --shard)."""
 
 from __future__ import annotations
 
+import difflib
 import re
 from collections.abc import Sequence
 from contextlib import suppress
@@ -24,6 +25,7 @@ class CliOverrides:
     sweeps: tuple[str, ...] = ()
     items: str | None = None
     shard: str | None = None
+    picks: tuple[str, ...] = ()
 
     def parse_settings(self) -> list[Setting]:
         """Parse each `--set KEY=VALUE`. A text is taken as it is, else it is YAML. Raises JobError."""
@@ -38,14 +40,20 @@ class CliOverrides:
                 raise JobError("is given twice", where=f"--sweep {key}")
         return axes
 
-    def select_shots(self, starts: Sequence[int]) -> tuple[int, ...]:
-        """Return the indices of the shots to render: those of --items, then of these the --shard.
+    def select_shots(self, ids: Sequence[str], starts: Sequence[int]) -> tuple[int, ...]:
+        """Return the indices of the shots to render: those of --items or --pick, then of these the --shard.
 
-        `starts` has for each shot of the job the first shot of its chain, or the shot itself; a shard has
-        whole chains. Raises JobError if a shot does not exist, or if none is left.
+        `ids` are the ids of all shots of the job. `starts` has for each shot the first shot of its chain, or
+        the shot itself; a shard has whole chains. Raises JobError if a shot does not exist, or if none is
+        left.
         """
-        count = len(starts)
-        selected = sorted(_parse_indices(self.items, count)) if self.items is not None else list(range(count))
+        if self.items is not None and self.picks:
+            raise JobError("both choose shots; give one of them", where="--items, --pick")
+        selected = list(range(len(ids)))
+        if self.items is not None:
+            selected = sorted(_parse_indices(self.items, len(ids)))
+        elif self.picks:
+            selected = sorted(_find_picked(self.picks, ids))
         if self.shard is None:
             return tuple(selected)
         match = re.fullmatch(r"\s*(\d{1,9})\s*/\s*(\d{1,9})\s*", self.shard)
@@ -137,3 +145,24 @@ def _parse_indices(text: str, count: int) -> set[int]:
             raise JobError(f"{part!r} is empty", where="--items")
         selected.update(indices)
     return selected
+
+
+def _find_picked(picks: Sequence[str], ids: Sequence[str]) -> set[int]:
+    """Find the shots of `ID` or `ID,ID`. An id may contain a comma. Raises JobError with every unknown id."""
+    index_by_id = {id: index for index, id in enumerate(ids)}
+    wanted: list[str] = []
+    for text in picks:
+        wanted += [text] if text in index_by_id else [part.strip() for part in text.split(",")]
+    unknown = [id for id in dict.fromkeys(wanted) if id not in index_by_id]
+    if unknown:
+        hints = []
+        for id in unknown:
+            near = difflib.get_close_matches(id, ids, 3, 0.5)
+            hints.append(
+                f"{id!r}: did you mean {' or '.join(map(repr, near))}?"
+                if near
+                else f"ids: {', '.join(ids[:8])}"
+            )
+        names = ", ".join(map(repr, unknown))
+        raise JobError(f"no shot has the id {names}", where="--pick", hint="\n".join(dict.fromkeys(hints)))
+    return {index_by_id[id] for id in wanted}

@@ -95,7 +95,7 @@ def _build_job_file(file: Merged, name: str, directory: Path, overrides: CliOver
     items = tuple(plain_shots.add_plain_shots(_expand(file, overrides)))
     _refuse_too_many(len(items), file.sources)
     _refuse_same_ids(items)
-    selected = overrides.select_shots(find_chain_starts(items))
+    selected = overrides.select_shots([item.id for item in items], find_chain_starts(items))
     return JobFile(name, directory, items, selected, tuple(_warn_of_comments(file.sources)))
 
 

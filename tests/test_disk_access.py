@@ -23,6 +23,7 @@ OWN = {"Image", "disk", "prompts", "header", "contents", "source", "self"}
 WRITES = {
     "storage/atomic.py": {"open"},
     "storage/claim_file.py": {"open"},
+    "storage/partial_file.py": {"open", "fdopen"},
     "farm/local_socket.py": {"open"},
     "farm/daemon.py": {"open"},
     "farm/client.py": {"open"},  # /dev/null

@@ -26,6 +26,7 @@ ORDER = (
     ("weights.formats",),
     ("weights.lora",),
     ("weights",),
+    ("weights.hub",),
     ("text",),
     ("injection",),
     ("sampling",),

@@ -28,6 +28,7 @@ from wancli.commands import (
     errors,
     explore,
     export,
+    fetch,
     inspect,
     plan,
     probe,
@@ -66,6 +67,7 @@ app.command("probe")(probe.probe_command)
 app.command("compare")(compare.compare_command)
 app.command("report")(report.report_command)
 app.command("explore")(explore.explore_command)
+app.command("fetch")(fetch.fetch_command)
 app.command("inspect")(inspect.inspect_command)
 app.command("errors")(errors.errors_command)
 app.command("serve")(serve.serve_command)

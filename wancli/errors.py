@@ -11,6 +11,8 @@
     │  ├─ Unreadable           a file or folder that cannot be looked at: permission, name, links in a circle
     │  │  ├─ UnreadableNow        for now: EIO, a stale handle, too many open files; retryable
     │  │  └─ NoSuchFile           a file that is needed does not exist
+    │  ├─ HubError             the Hugging Face hub cannot be reached or fails; retryable
+    │  ├─ HubRefused           the hub refuses access: token, terms, offline mode
     │  └─ FfmpegError          ffmpeg is missing, died, or wrote another number of frames; retryable
     ├─ IntegrityError      4   a file does not verify
     │  ├─ CheckpointError      a checkpoint is truncated or unreadable, or has missing or mis-shaped tensors
@@ -134,6 +136,18 @@ class NoSuchFile(Unreadable):
     """A file that is needed does not exist."""
 
     code = "machine.unreadable.missing"
+
+
+class HubError(MachineError):
+    """The Hugging Face hub cannot be reached or fails."""
+
+    code, retryable = "machine.hub", True
+
+
+class HubRefused(MachineError):
+    """The Hugging Face hub refuses access: a token or accepted terms are missing, or offline mode is set."""
+
+    code = "machine.hub.refused"
 
 
 class FfmpegError(MachineError):

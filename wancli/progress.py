@@ -37,6 +37,7 @@ _UNITS = {
     "compare": "video",
     "draw": "file",
     "probe": "block run",
+    "fetch": "MiB",
 }
 
 

@@ -268,7 +268,7 @@ def _hammer(root: str, who: int) -> None:
 
 
 def test_processes_that_share_a_cache_never_read_a_wrong_or_mixed_entry(tmp_path, monkeypatch):
-    monkeypatch.setattr(atomic, "_sync", lambda path: None)  # durability is not in question here
+    monkeypatch.setattr(atomic, "sync", lambda path: None)  # durability is not in question here
     context = multiprocessing.get_context("fork")
     workers = [context.Process(target=_hammer, args=(str(tmp_path / "cache"), who)) for who in range(4)]
     for worker in workers:

@@ -14,7 +14,11 @@ from wancli.errors import ExitStatus
 
 def inspect_command(
     path: Annotated[
-        Path, typer.Argument(metavar="FILE-OR-FOLDER", help="Weights: a checkpoint, a part of one, a LoRA.")
+        Path,
+        typer.Argument(
+            metavar="FILE-OR-FOLDER",
+            help="Weights: a checkpoint, a part of one, a LoRA; or a name of the hub.",
+        ),
     ],
     deep: Annotated[
         bool,
@@ -28,8 +32,9 @@ def inspect_command(
     """
     from wancli.report import inspect_text, terminal
     from wancli.weights import inspect
+    from wancli.weights.hub import lookup
 
-    document = inspect.inspect(path, deep=deep)
+    document = inspect.inspect(lookup.resolve_argument(path), deep=deep)
     if as_json:
         print_json(document)
     else:

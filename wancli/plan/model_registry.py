@@ -1,4 +1,4 @@
-"""Resolve `model:` to a Location: from a path, a name in models.yaml, or single files.
+"""Resolve `model:` to a Location: from a path, a name in models.yaml or on the hub, or single files.
 
 models.yaml maps names to values that `model:` of a job may have. Its paths start from its own folder. It is
 $WANCLI_MODELS, or else models.yaml in the user's config folder.
@@ -11,6 +11,7 @@ import os
 from collections.abc import Callable
 from functools import cache, partial
 from pathlib import Path
+from typing import Any
 
 from pydantic import ValidationError
 
@@ -24,6 +25,9 @@ from wancli.job.yaml_reader import Key, read_yaml
 from wancli.storage import disk, links
 from wancli.storage.paths import expand_home, user_folder
 from wancli.weights.checkpoint import Location
+from wancli.weights.hub import cache as cache_of_hub
+from wancli.weights.hub import lookup
+from wancli.weights.hub.name import HubName, parse_name
 from wancli.weights.single_files import SingleFiles
 
 Locate = Callable[..., str]
@@ -43,13 +47,48 @@ def resolve_model(spec: str | ModelFiles, base_dir: BaseDir, locate: Locate) -> 
         return wan_mini.FOLDER
     known = registered_models() if _may_be_name(spec) else {}
     if spec in known:
-        return known[spec]
-    path = resolve_path(base_dir(), spec, locate())
-    with disk.reading_for_job(locate(), spec):
-        is_found = disk.is_taken(path)
-    if not is_found:
-        raise JobError(f"{spec!r} not found", where=locate(), hint=_not_found_hint(spec, path))
-    return path
+        found = known[spec]
+        return _find_on_hub(found, locate()) if isinstance(found, HubName) else found
+    path = _find_path(spec, base_dir(), locate())
+    if path is not None:
+        return path
+    if name := parse_name(spec):
+        return _find_on_hub(name, locate())
+    searched = resolve_path(base_dir(), spec, locate())
+    raise JobError(f"{spec!r} not found", where=locate(), hint=_not_found_hint(spec, searched))
+
+
+def resolve_file(text: str, base_dir: Path, location: str) -> Path:
+    """Resolve a file of weights: a path, which need not exist, or a name of the hub.
+
+    Raises JobError for a name of the hub that is not in the cache.
+    """
+    name = parse_name(text)
+    if name is None or _find_path(text, base_dir, location):
+        return resolve_path(base_dir, text, location)
+    with disk.reading_for_job(location, text):
+        return lookup.require_path(name, location)
+
+
+def _resolve_unchecked(text: str, base_dir: Path, location: str) -> Path:
+    """Resolve a file of models.yaml, which need not exist; a name of the hub if it is in the cache."""
+    name = parse_name(text)
+    on_hub = cache_of_hub.find_path(name) if name and not _find_path(text, base_dir, location) else None
+    return on_hub or resolve_path(base_dir, text, location)
+
+
+def _find_path(text: str, base_dir: Path, location: str) -> Path | None:
+    path = resolve_path(base_dir, text, location)
+    with disk.reading_for_job(location, text):
+        return path if disk.is_taken(path) else None
+
+
+def _find_on_hub(name: HubName, location: str) -> Location:
+    """Return the folder or files of a name in the Hugging Face cache. Raises JobError."""
+    with disk.reading_for_job(location, str(name)):
+        path = lookup.require_path(name, location)
+        named: dict[str, Any] = {**(lookup.find_files(name, location) or {})}
+    return SingleFiles(**named) if named else path
 
 
 class ModelLocations:
@@ -68,7 +107,7 @@ class ModelLocations:
         return self._locations[key]
 
 
-def registered_models() -> dict[str, Location]:
+def registered_models() -> dict[str, Location | HubName]:
     """Read the models in models.yaml. Raises JobError with every problem in it."""
     path = models_file()
     with disk.reading_for_job(str(path)):
@@ -97,12 +136,12 @@ def resolve_path(base_dir: Path, text: str, location: str) -> Path:
 
 
 @cache
-def _read_models_file(path: Path, _changed: int) -> dict[str, Location]:
+def _read_models_file(path: Path, _changed: int) -> dict[str, Location | HubName]:
     raw, lines, _ = read_yaml(disk.read_bytes(path), str(path))
     source = Source(str(path), path.parent, lines)
     if not isinstance(raw, dict):
         raise JobError("is not a mapping of names to models", where=str(path), hint="Write NAME: FOLDER.")
-    locations: dict[str, Location] = {}
+    locations: dict[str, Location | HubName] = {}
     problems: list[str] = []
     for name, entry in raw.items():
 
@@ -114,7 +153,8 @@ def _read_models_file(path: Path, _changed: int) -> dict[str, Location]:
             if isinstance(model, ModelFiles):
                 locations[name] = _resolve_files(model, lambda *_: path.parent, where, must_exist=False)
             else:
-                locations[name] = resolve_path(path.parent, model, where())
+                on_hub = None if _find_path(model, path.parent, where()) else parse_name(model)
+                locations[name] = on_hub or resolve_path(path.parent, model, where())
         except ValidationError as error:
             problems += describe_problems(error, lambda at, _, where=where: where(*at[1:]))  # type: ignore[misc]
         except JobError as error:
@@ -134,7 +174,8 @@ def _resolve_files(
         raise JobError("names no transformer", where=locate(), hint="Add transformer: FILE.")
     paths: dict[str, Path] = {}
     for key, text in files.model_dump(exclude_none=True, exclude={"heads", "variant"}).items():
-        paths[key] = resolve_path(base_dir(key), text, locate(key))
+        resolve = resolve_file if must_exist else _resolve_unchecked
+        paths[key] = resolve(text, base_dir(key), locate(key))
         with disk.reading_for_job(locate(key), text):
             is_found = not must_exist or disk.is_taken(paths[key])
         if not is_found:

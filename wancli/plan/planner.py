@@ -58,7 +58,9 @@ from wancli.text.encoder import EncoderSpec
 from wancli.units import parse_duration, parse_size
 from wancli.weights.checkpoint import Location, identify, text_encoder_config, vae_config
 from wancli.weights.fingerprint import fingerprint
+from wancli.weights.hub import lookup
 from wancli.weights.lora.use import LoraUse
+from wancli.weights.single_files import SingleFiles
 
 
 @dataclass(frozen=True)
@@ -147,7 +149,8 @@ def resolve_model(source: Location, device: str, dtype: str, hash_cache: Path) -
 
     Raises CheckpointError, and JobError if it is not of the named variant.
     """
-    checkpoint = identify(source)
+    with lookup.explaining_gaps(source.main if isinstance(source, SingleFiles) else source):
+        checkpoint = identify(source)
     runs_on: Literal["cpu", "cuda"] = (
         "cuda" if device == "cuda" or (device == "auto" and machine.has_cuda()) else "cpu"
     )
@@ -322,7 +325,7 @@ def _decide_loras(
     paths = []
     for i, entry in enumerate(item.job.loras):
         key = ("loras", i, "path")
-        paths.append(model_registry.resolve_path(item.base_dir(*key), entry.path, item.location(*key)))
+        paths.append(model_registry.resolve_file(entry.path, item.base_dir(*key), item.location(*key)))
     match = partial(lora_for, transformer=transformer)
     return loras.decide_loras(
         item, paths, match, transformer.num_layers, sampler.schedule.sigmas, sampler.stages

@@ -52,7 +52,7 @@ def format_plan(
         runs += "" if model.kernels.chunk is None else f", {model.kernels.chunk:,} tokens at a time"
         runs += "" if model.kernels.attention == "auto" else f", {model.kernels.attention} attention"
         runs += ", products in fp8" if model.kernels.fp8_matmul else ""
-        yield f"{plan.name}: {model.checkpoint.root.name}, {width}, {runs}"
+        yield f"{plan.name}: {model.checkpoint.name}, {width}, {runs}"
         if reason := model.checkpoint.variant_reason:
             yield f"variant: {model.checkpoint.variant.name}, {reason}"
     hidden = range(HEAD, len(states) - TAIL) if len(states) > MANY and not verbose else range(0)

@@ -57,7 +57,7 @@ def temp_file(final: Path) -> Iterator[Path]:
     """
     path = final.parent / f"{_PREFIX}{_host_name()}-{os.getpid()}-{secrets.token_hex(6)}{_SUFFIX}"
     with writing(final):
-        _make_folder(final.parent)
+        make_folder(final.parent)
         os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_CLOEXEC, 0o666))
     try:
         yield path
@@ -74,7 +74,7 @@ def publish(tmp: Path, final: Path) -> None:
     with writing(final):
         data = disk.read_bytes(tmp)  # while the kernel still has what it could not write
         try:
-            _sync(tmp)
+            sync(tmp)
         except OSError as error:
             if error.errno != errno.EIO:
                 raise
@@ -96,7 +96,7 @@ def replace(path: Path, data: bytes) -> None:
     """
     with _synced_temp_file(path, data) as tmp, writing(path):
         tmp.replace(path)
-        _sync(path.parent)
+        sync(path.parent)
 
 
 def move_aside(path: Path, label: str = "old") -> Path | None:
@@ -110,7 +110,7 @@ def move_aside(path: Path, label: str = "old") -> Path | None:
         aside = path.with_name(shorten_name(path.stem, 255 - len(end)) + end)
         with writing(aside), suppress(FileExistsError):
             _rename_without_overwriting(path, aside)
-            _sync(path.parent)
+            sync(path.parent)
             return aside
     raise AssertionError("there is always a free number")
 
@@ -209,7 +209,7 @@ def _move_into_place(tmp: Path, final: Path) -> None:
             hint = "use --force to move it aside, or choose another output"
             raise OutputExists("a different file already exists", where=str(final), hint=hint) from None
         tmp.unlink()
-    _sync(final.parent)
+    sync(final.parent)
 
 
 def _rename_without_overwriting(source: Path, target: Path) -> None:
@@ -238,7 +238,8 @@ def _have_same_bytes(a: Path, b: Path) -> bool:
     return disk.sha256(a) == disk.sha256(b)
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """Wait until a file or folder survives power loss. Raises OSError."""
     fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
         os.fsync(fd)
@@ -255,15 +256,16 @@ def _host_name() -> str:
     return "".join(char for char in platform.node() if char.isalnum() or char == ".")[:40]
 
 
-def _make_folder(folder: Path) -> None:
+def make_folder(folder: Path) -> None:
+    """Create a folder and those above it, durably. Raises OSError, and JobError for a URL."""
     if not disk.is_folder(folder):
         # Path makes one slash of the two. Folders of a job are absolute: its texts were looked at before.
         if _SCHEME.fullmatch(str(folder)):
             hint = "Mount the store as a folder, or write to a folder and copy the file."
             raise JobError("is a URL, and wancli writes files", where=f"{folder.name}//", hint=hint)
-        _make_folder(folder.parent)
+        make_folder(folder.parent)
         folder.mkdir(exist_ok=True)
-        _sync(folder.parent)
+        sync(folder.parent)
 
 
 # ---- reasons ----

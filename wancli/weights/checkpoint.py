@@ -75,6 +75,13 @@ class Checkpoint:
         return hash(self.root)
 
     @property
+    def name(self) -> str:
+        """The name of its folder or file; in the Hugging Face cache that of its repository, `ORG/NAME`."""
+        if self.root.parent.name != "snapshots":
+            return self.root.name
+        return self.root.parents[1].name.removeprefix("models--").replace("--", "/", 1)
+
+    @property
     def transformer_config(self) -> WanConfig:
         config = self.experts[0].config
         assert isinstance(config, WanConfig)
@@ -163,9 +170,7 @@ def with_variant(checkpoint: Checkpoint, name: str) -> Checkpoint:
     chosen = next((variant for variant in candidates if variant.name.lower() == name.lower()), None)
     if chosen is None:
         names = " or ".join(variant.name for variant in candidates)
-        raise JobError(
-            f"the tensors of {checkpoint.root.name} are not those of {name!r}", hint=f"Write {names}."
-        )
+        raise JobError(f"the tensors of {checkpoint.name} are not those of {name!r}", hint=f"Write {names}.")
     if checkpoint.variant.boundary is not None:
         chosen = replace(chosen, boundary=checkpoint.variant.boundary)
     reason = "the job says so"

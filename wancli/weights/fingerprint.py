@@ -43,6 +43,11 @@ def fingerprint(paths: Sequence[Path], hashes: Path) -> str:
     return hashlib.sha256("".join(digests.values()).encode()).hexdigest()
 
 
+def remember(path: Path, digest: str, hashes: Path) -> None:
+    """Let `hashes` remember the SHA-256 of a file that was just computed; no render computes it again."""
+    write_memo(hashes, read_memo(hashes) | {_file_identity(path): digest})
+
+
 def check_blob(path: Path, digest: str) -> None:
     """Raise CheckpointError for a blob of the Hugging Face cache, named by a digest that is not its own."""
     for name in links.list_names(path):

@@ -27,6 +27,7 @@ from wancli.models.variants import (
 from wancli.weights.formats.infer_config import IMAGE_CHANNELS
 
 WIDTH_1_3B = 1536
+_SNAPSHOT = re.compile("snapshots|[0-9a-f]{40}")
 
 
 def choose_variant(sizes: Mapping[str, int], expert: Expert | None, path: Path) -> tuple[Variant, str]:
@@ -64,10 +65,13 @@ def variants_with_pictures(sizes: Mapping[str, int]) -> tuple[Variant, ...]:
 def choose_by_name(candidates: Sequence[Variant], path: Path) -> tuple[Variant, str]:
     """Return the variant that the name of a file, or of one of the three folders around it, says; else the
     first one. Also returns the reason; it is empty if there is one candidate.
+
+    In the Hugging Face cache the folder of the repository is above `snapshots/COMMIT`, which say nothing.
     """
     if len(candidates) == 1:
         return candidates[0], ""
-    for name in [place.name for place in (path, *list(path.absolute().parents)[:3])]:
+    folders = [place for place in path.absolute().parents if not _SNAPSHOT.fullmatch(place.name)]
+    for name in [place.name for place in (path, *folders[:3])]:
         for variant in sorted(candidates, key=lambda variant: -len(variant.named)):
             if variant.named and re.search(variant.named, name, re.IGNORECASE):
                 return variant, f"the name {name!r} says so"

@@ -1,0 +1,1 @@
+"""Weights by name: repositories of the Hugging Face hub, in its cache or fetched."""

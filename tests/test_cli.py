@@ -75,6 +75,7 @@ def test_these_are_all_commands_and_options_and_a_new_one_is_added_here_on_purpo
         "wancli render JOB --prompt --image -o/--output --set --sweep --items --pick --shard --save-every"
         " --fail-fast --max-failures --retries --no-wait --engine --address --cpus-per-worker --force --json"
         " --json-stream --cache-dir --socket --log-level --progress -q/--quiet",
+        "wancli new sweep|render|chain|injection",
         "wancli plan JOB -v/--verbose --memory --set --sweep --items --pick --shard --json --cache-dir",
         "wancli status JOB --set --sweep --items --pick --shard --json --cache-dir",
         "wancli check DIR|JOB --deep --set --sweep --items --pick --shard --json --cache-dir",

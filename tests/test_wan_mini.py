@@ -189,7 +189,7 @@ def test_prompts_that_mean_the_same_differ_less_than_prompts_that_do_not(
 
 
 def test_a_job_and_a_prompt_together_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    for arguments in ([], ["job.yaml", "--prompt", RED], ["job.yaml", "-o", "x.mp4"], ["-o", "x.mp4"]):
+    for arguments in ([], ["job.yaml", "--prompt", RED], ["job.yaml", "--image", "x.png"], ["-o", "x.mp4"]):
         said = run_wancli(capsys, "render", *arguments)
         assert said.code == 2
         assert "give a job file, or --prompt" in said.err

@@ -30,6 +30,7 @@ from wancli.commands import (
     export,
     fetch,
     inspect,
+    new,
     plan,
     probe,
     render,
@@ -55,6 +56,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.command("render")(render.render_command)
+app.command("new")(new.new_command)
 app.command("plan")(plan.plan_command)
 app.command("status")(status.status_command)
 app.command("check")(check.check_command)

@@ -8,6 +8,7 @@ import os
 import re
 import signal
 from collections.abc import Callable, Iterator
+from functools import cache
 from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -114,16 +115,10 @@ def warm(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def shallow(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The tiny checkpoint cut down to 4 blocks, where depth does not matter."""
     import unchanging
-    from jobs import TRANSFORMER, change_tensors, checkpoint
-
-    def cut(tensors: dict[str, Any]) -> None:
-        for name in [name for name in tensors if name.startswith("blocks.") and int(name.split(".")[1]) > 3]:
-            del tensors[name]
+    from jobs import checkpoint, cut_blocks
 
     model = checkpoint(tmp_path_factory.mktemp("shallow"))
-    change_tensors(model / TRANSFORMER, cut)
-    config = json.loads((model / "config.json").read_text())
-    (model / "config.json").write_text(json.dumps(config | {"num_layers": 4}))
+    cut_blocks(model)
     unchanging.FOLDERS.add(model)
     return model
 
@@ -138,6 +133,25 @@ def quick(shallow: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     pickles_to_safetensors(model)
     unchanging.FOLDERS.add(model)
     return model
+
+
+@pytest.fixture(scope="session")
+def quick_for_pictures(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Make quick checkpoints, as `quick`, of models for pictures, each once."""
+    import unchanging
+    from image_cases import assemble
+    from jobs import checkpoint, cut_blocks, pickles_to_safetensors
+
+    @cache
+    def make(name: str) -> Path:
+        folder = tmp_path_factory.mktemp(name)
+        model = checkpoint(folder, assemble(name, folder / "links"))
+        cut_blocks(model)
+        pickles_to_safetensors(model)
+        unchanging.FOLDERS.add(model)
+        return model
+
+    return make
 
 
 @pytest.fixture

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -99,13 +100,26 @@ def change_tensors(path: Path, change: Any) -> None:
         torch.save(tensors, path)
 
 
+def cut_blocks(model: Path, depth: int = 4) -> None:
+    """Leave a checkpoint only its first blocks, for tests in which depth does not matter."""
+
+    def cut(tensors: dict[str, Any]) -> None:
+        for name in [name for name in tensors if name.startswith("blocks.")]:
+            if int(name.split(".")[1]) >= depth:
+                del tensors[name]
+
+    for config in (path for path in model.rglob("config.json") if (path.parent / TRANSFORMER).exists()):
+        change_tensors(config.parent / TRANSFORMER, cut)
+        config.write_text(json.dumps(json.loads(config.read_text()) | {"num_layers": depth}))
+
+
 def pickles_to_safetensors(model: Path) -> None:
-    """Write the text encoder and the VAE of a checkpoint in the format that loads fastest."""
-    for name in (T5, VAE):
-        tensors = torch.load(model / name, weights_only=True)
+    """Write the pickles of a checkpoint in the format that loads fastest."""
+    for pickle in model.glob("*.pth"):
+        tensors = torch.load(pickle, weights_only=True)
         copied = {key: tensor.clone().contiguous() for key, tensor in tensors.items()}
-        save_file(copied, (model / name).with_suffix(".safetensors"))
-        (model / name).unlink()
+        save_file(copied, pickle.with_suffix(".safetensors"))
+        pickle.unlink()
 
 
 def words(count: int) -> str:

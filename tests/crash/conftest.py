@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,18 +12,10 @@ from batch import Rig, in_memory
 @pytest.fixture(scope="session")
 def one_block(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The tiny checkpoint cut down to one block, in the format that loads fastest."""
-    from jobs import TRANSFORMER, change_tensors, checkpoint, pickles_to_safetensors
+    from jobs import checkpoint, cut_blocks, pickles_to_safetensors
 
     model = checkpoint(tmp_path_factory.mktemp("one-block"))
-
-    def cut(tensors: dict[str, object]) -> None:
-        for name in [name for name in tensors if name.startswith("blocks.")]:
-            if not name.startswith("blocks.0."):
-                del tensors[name]
-
-    change_tensors(model / TRANSFORMER, cut)
-    config = json.loads((model / "config.json").read_text())
-    (model / "config.json").write_text(json.dumps(config | {"num_layers": 1}))
+    cut_blocks(model, 1)
     pickles_to_safetensors(model)
     return model
 

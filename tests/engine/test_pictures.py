@@ -53,7 +53,6 @@ from wancli.weights.checkpoint import identify
 from wancli.weights.loader import load_vae
 from wancli.weights.single_files import SingleFiles
 
-TI2V = FIXTURES / "wan22-ti2v-tiny"
 Render = Callable[..., CommandResult]
 
 
@@ -70,9 +69,9 @@ def count_clip_reads(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return calls
 
 
-@pytest.fixture(scope="module")
-def ti2v(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return assemble(TI2V.name, tmp_path_factory.mktemp("ti2v") / "model")
+@pytest.fixture
+def ti2v(quick_for_pictures: Callable[[str], Path]) -> Path:
+    return quick_for_pictures("wan22-ti2v-tiny")
 
 
 @pytest.fixture
@@ -139,6 +138,11 @@ def test_the_official_crop_of_a_last_picture_of_another_size_is_told_recorded_an
     assert "already exists" in said.err
     assert "another image.last" in said.err
     assert "it has not the size" not in said.err
+
+
+@pytest.fixture
+def quick_i2v(quick_for_pictures: Callable[[str], Path]) -> Path:
+    return quick_for_pictures("wan21-i2v-tiny")
 
 
 @pytest.fixture
@@ -284,10 +288,10 @@ def test_flf2v_reads_an_injected_picture_in_both_places(render: Render, tmp_path
 
 
 def test_clip_reads_a_picture_once_ever_and_its_preprocessing_changes_the_video(
-    render: Render, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    quick_i2v: Path, render: Render, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     calls = count_clip_reads(monkeypatch)
-    keys = {"model": str(assemble("wan21-i2v-tiny", tmp_path / "model")), "output": "out/{id}.mp4"}
+    keys = {"model": str(quick_i2v), "output": "out/{id}.mp4"}
     items = [{"id": "a"}, {"id": "b", "seed": 3}, {"id": "c", "frames": 9}]
     assert render(items=items, **keys).code == 0
     assert calls == [1]
@@ -379,7 +383,7 @@ def test_a_round_encodes_the_pictures_of_the_shots_that_were_claimed_for_it(
 
 @pytest.mark.parametrize(("fits", "loads"), [(True, 1), (False, 3)])
 def test_clip_is_loaded_for_every_round_only_if_it_does_not_fit_beside_sampling(
-    i2v: Path, render: Render, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fits: bool, loads: int
+    quick_i2v: Path, render: Render, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fits: bool, loads: int
 ) -> None:
     loads_of: Counter[str] = Counter()
 
@@ -397,23 +401,25 @@ def test_clip_is_loaded_for_every_round_only_if_it_does_not_fit_beside_sampling(
         monkeypatch.setattr(memory_policy, "headroom", lambda _: 0)
         monkeypatch.setattr(memory_policy, "require", lambda *_, **__: None)
     NETWORKS.clear()
-    keys = THREE | {"model": str(i2v), "sampler": {"steps": 1}}
+    keys = THREE | {"model": str(quick_i2v), "sampler": {"steps": 1}}
     assert render(**keys).code == 0
     assert loads_of == {"load_clip": loads, "load_transformer": loads}
     predicted = [
         {phase["name"]: phase["model"] for phase in manifest_of(tmp_path, id)["predicted"]} for id in "abc"
     ]
-    clip = sum(weight.nbytes for weight in real(identify(i2v), "cpu").parameters())
+    clip = sum(weight.nbytes for weight in real(identify(quick_i2v), "cpu").parameters())
     a, b, c = predicted
     assert a["sample"] - c["sample"] == (clip if fits else 0)
     assert a["decode"] - c["decode"] == (clip if fits else 0)
     assert b["pictures"] - a["pictures"] == (c["sample"] if fits else 0)
 
 
-def test_the_disk_space_of_encoded_pictures_is_predicted(i2v: Path, render: Render, tmp_path: Path) -> None:
-    keys = THREE | {"model": str(i2v), "sampler": {"steps": 1}}
+def test_the_disk_space_of_encoded_pictures_is_predicted(
+    quick_i2v: Path, render: Render, tmp_path: Path
+) -> None:
+    keys = THREE | {"model": str(quick_i2v), "sampler": {"steps": 1}}
     shared = {"image": str(PICTURE), "frames": 5, "size": {"area": 4096}}
-    path = write_job(tmp_path, tiny_job(i2v) | shared | keys)
+    path = write_job(tmp_path, tiny_job(quick_i2v) | shared | keys)
     plan = build_plan(load_job(path), tmp_path / "memo.json")
     store = Store(tmp_path / "cache" / "embeddings")
     said = disk_estimate.picture_bytes(plan.shots, store)
@@ -744,7 +750,8 @@ def test_a_probe_measures_the_text_of_a_shot_with_a_picture(
 def test_a_probe_of_a_shot_that_continues_another_is_refused(
     ti2v: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    items = [{"id": "a", "image": str(PICTURE)}, {"id": "b", "image": {"shot": "a"}, "inject": [rule()]}]
+    inject = [rule(blocks="late")]
+    items = [{"id": "a", "image": str(PICTURE)}, {"id": "b", "image": {"shot": "a"}, "inject": inject}]
     path = write_job(tmp_path, tiny_job(ti2v, size="64x64", items=items, output="out/{id}.mp4"))
     said = run_wancli(capsys, "probe", path, "--cache-dir", tmp_path / "cache")
     assert said.code == 2

@@ -155,10 +155,10 @@ def quick_for_pictures(tmp_path_factory: pytest.TempPathFactory) -> Callable[[st
 
 
 @pytest.fixture
-def known(shallow: Path, warm: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The checkpoint of 4 blocks, with a cache that knows the prompts of the tiny job."""
+def known(quick: Path, warm: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The quick checkpoint, with a cache that knows the prompts of the tiny job."""
     monkeypatch.setenv("WANCLI_CACHE", str(warm))
-    return shallow
+    return quick
 
 
 @pytest.fixture

@@ -37,7 +37,7 @@ TINY = Path(__file__).parent.parent / "fixtures" / "wan21-tiny"
 
 
 @pytest.fixture(scope="module")
-def out(tmp_path_factory: pytest.TempPathFactory, shallow: Path) -> Path:
+def out(tmp_path_factory: pytest.TempPathFactory, quick: Path) -> Path:
     """A rendered job with its page, a block map and a comparison: three shots of two axes."""
     folder = tmp_path_factory.mktemp("browser")
     items = [
@@ -49,7 +49,7 @@ def out(tmp_path_factory: pytest.TempPathFactory, shallow: Path) -> Path:
             "inject": [pages.injection() | {"blocks": "2-3"}],
         },
     ]
-    found = pages.render(folder, shallow, items=items, frames=5)
+    found = pages.render(folder, quick, items=items, frames=5)
     model = pages.entries(found)["model"]
     by_block = BlockMap(
         job="job", shot="fish", model=MapModel(root="x", sha256=model["sha256"]["transformer"], blocks=4),

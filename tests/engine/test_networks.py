@@ -33,11 +33,11 @@ Render = Callable[..., list[str]]
 
 
 @pytest.fixture
-def rendered(tmp_path: Path, shallow: Path, warm: Path) -> Render:
+def rendered(tmp_path: Path, quick: Path, warm: Path) -> Render:
     """Render the tiny job in a folder of its own, with or without cached networks."""
 
     def render(name: str, kept: ModelCache | None, **changes: Any) -> list[str]:
-        job = write_job(tmp_path / name, tiny_job(**{"model": shallow} | changes))
+        job = write_job(tmp_path / name, tiny_job(**{"model": quick} | changes))
         planned = planner.build_plan(jobfile.load(job, NO_OVERRIDES), warm / "hashes.json")
         tools = RenderContext(Store(warm / "embeddings"), Progress(), model_cache=kept)
         return [outcome.status for outcome in batch.render(planned, tools)]
@@ -46,9 +46,9 @@ def rendered(tmp_path: Path, shallow: Path, warm: Path) -> Render:
 
 
 @pytest.fixture
-def style(tmp_path: Path, shallow: Path) -> Path:
+def style(tmp_path: Path, quick: Path) -> Path:
     """A LoRA that is strong enough to be seen."""
-    weights, name = load_file(shallow / TRANSFORMER), "blocks.1.self_attn.q"
+    weights, name = load_file(quick / TRANSFORMER), "blocks.1.self_attn.q"
     width = weights[f"{name}.weight"].shape[0]
     factors = {"lora_A": torch.full((2, width), 0.3), "lora_B": torch.full((width, 2), 0.3)}
     path = tmp_path / "style.safetensors"
@@ -144,9 +144,9 @@ def test_memory_of_cached_networks_does_not_count_as_taken_by_others(
 
 
 def test_time_to_the_first_step_counts_from_the_command_and_not_from_the_process(
-    tmp_path: Path, shallow: Path, warm: Path
+    tmp_path: Path, quick: Path, warm: Path
 ) -> None:
-    job = write_job(tmp_path, tiny_job(model=shallow))
+    job = write_job(tmp_path, tiny_job(model=quick))
     planned = planner.build_plan(jobfile.load(job, NO_OVERRIDES), warm / "hashes.json")
     began = time.time() + 1000
     list(batch.render(planned, RenderContext(Store(warm / "embeddings"), Progress(), started_at=began)))

@@ -14,12 +14,12 @@ NOT_UTF8 = os.fsdecode(b"m\xff")
 
 
 @pytest.fixture
-def odd(tmp_path, shallow) -> Path:
+def odd(tmp_path, quick) -> Path:
     """A job in a folder whose name is not UTF-8, with a model of such a name."""
     folder = tmp_path / os.fsdecode(b"j\xfe")
     folder.mkdir()
     (folder / NOT_UTF8).mkdir()
-    for path in shallow.iterdir():
+    for path in quick.iterdir():
         (folder / NOT_UTF8 / path.name).symlink_to(path)
     (folder / "model").symlink_to(NOT_UTF8)
     return write_job(folder, tiny_job(model={"transformer": "x"}) | {"model": "model"})
@@ -61,14 +61,14 @@ def test_a_name_that_no_file_system_takes_is_told_by_plan_for_its_shot(tmp_path,
     assert message in result.err
 
 
-def test_a_user_without_a_home_renders_without_a_cache(tmp_path, shallow, capsys, monkeypatch):
+def test_a_user_without_a_home_renders_without_a_cache(tmp_path, quick, capsys, monkeypatch):
     def nobody(_: int) -> None:
         raise KeyError("uid not found")
 
     for name in ("HOME", "XDG_CACHE_HOME", "XDG_CONFIG_HOME", "WANCLI_CACHE"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(pwd, "getpwuid", nobody)
-    job = write_job(tmp_path, tiny_job(shallow))
+    job = write_job(tmp_path, tiny_job(quick))
     assert run_wancli(capsys, "render", job, "-q").code == 0
     assert run_wancli(capsys, "check", job).code == 0
     result = run_wancli(capsys, "cache", "ls", "--json")

@@ -88,10 +88,10 @@ def test_a_difference_is_named_by_its_key(
 
 
 def test_plan_draws_the_segments_over_the_latent_frames(
-    tmp_path: Path, shallow: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, quick: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     prompt = {"segments": [CAT, FISH], "blend": "crossfade", "fade": 8}
-    job = write_job(tmp_path, tiny_job(shallow, prompt=prompt, frames=17))
+    job = write_job(tmp_path, tiny_job(quick, prompt=prompt, frames=17))
     lines = run_wancli(capsys, "plan", "-v", job).out.splitlines()
     start = next(i for i, line in enumerate(lines) if "2 segments" in line)
     assert [line.split() for line in (lines[start], *lines[start + 3 : start + 6])] == [

@@ -267,19 +267,19 @@ def test_states_are_saved_as_often_as_save_every_says(
     assert len(seen) == saves
 
 
-def three_states(tmp_path: Path, shallow: Path, warm: Path) -> list[ShotState]:
+def three_states(tmp_path: Path, quick: Path, warm: Path) -> list[ShotState]:
     """A shot of four steps, one that forks from it after two, and one that forks from that after three."""
     late, later = {"blocks": 0, "steps": "2-3"}, {"blocks": 1, "steps": "3-3"}
     items = [{}, {"inject": [rule(**late)]}, {"inject": [rule(**late), rule(**later)]}]
-    job = tiny_job(shallow, output="{item}.mp4", items=items, sampler={"steps": 4})
+    job = tiny_job(quick, output="{item}.mp4", items=items, sampler={"steps": 4})
     plan = build_plan(load(write_job(tmp_path, job)), warm / "memo.json")
     states = [ShotState(shot) for shot in plan.shots]
     link_dependents(states)
     return states
 
 
-def test_a_shot_waits_for_its_fork_and_resumes_from_there(tmp_path: Path, shallow: Path, warm: Path) -> None:
-    first, second, third = three_states(tmp_path, shallow, warm)
+def test_a_shot_waits_for_its_fork_and_resumes_from_there(tmp_path: Path, quick: Path, warm: Path) -> None:
+    first, second, third = three_states(tmp_path, quick, warm)
     assert [state.status for state in (first, second, third)] == [
         Status.RUNNING,
         Status.WAITING,
@@ -298,9 +298,9 @@ def test_a_shot_waits_for_its_fork_and_resumes_from_there(tmp_path: Path, shallo
 
 
 def test_a_failure_takes_along_all_shots_that_wait_and_no_others(
-    tmp_path: Path, shallow: Path, warm: Path
+    tmp_path: Path, quick: Path, warm: Path
 ) -> None:
-    first, second, third = three_states(tmp_path, shallow, warm)
+    first, second, third = three_states(tmp_path, quick, warm)
     failure = ErrorCapture()
     failure.record(NotFinite("NaN"))
     second.fail(failure)
@@ -338,7 +338,7 @@ def test_only_shots_that_an_edit_changed_are_sampled_from_the_start(
 
 
 def test_a_damaged_state_is_moved_aside_with_a_warning(
-    tmp_path: Path, render: Render, shallow: Path, warm: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, render: Render, quick: Path, warm: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     from jobs import run_wancli
 
@@ -377,10 +377,10 @@ def test_a_shot_that_resumes_with_other_threads_says_so_and_its_manifest_has_bot
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 75), (signal.SIGINT, 130)])
 def test_a_stopped_process_exits_cleanly_and_another_resumes(
-    render: Render, tmp_path: Path, shallow: Path, warm: Path, number: signal.Signals, code: int
+    render: Render, tmp_path: Path, quick: Path, warm: Path, number: signal.Signals, code: int
 ) -> None:
     said = {"sampler": {"steps": 40}, "video": KEPT, "frames": 5}
-    path = write_job(tmp_path, tiny_job(shallow, **said))
+    path = write_job(tmp_path, tiny_job(quick, **said))
     with start("render", path, "-q", "--cache-dir", warm, "--save-every", "1") as process:
         deadline = time.monotonic() + 60
         while not (tmp_path / "out/clip.state.safetensors").exists():

@@ -16,9 +16,9 @@ JOB = tiny_job(output="out/{id}.mp4", items=[{"id": "a", "seed": 1}, {"id": "b",
 
 
 @pytest.fixture
-def rendered(tmp_path, shallow, capsys) -> Path:
+def rendered(tmp_path, quick, capsys) -> Path:
     """A job of two shots, of which the first is finished."""
-    path = write_job(tmp_path, JOB | {"model": str(shallow)})
+    path = write_job(tmp_path, JOB | {"model": str(quick)})
     assert run_wancli(capsys, "render", path, "--items", "0", "-q").code == 0
     return path
 
@@ -154,11 +154,11 @@ COMMANDS = {
 
 @pytest.mark.parametrize("name", COMMANDS)
 def test_a_folder_that_this_user_may_not_enter_is_named_by_every_command(
-    tmp_path, shallow, capsys, monkeypatch, name
+    tmp_path, quick, capsys, monkeypatch, name
 ):
     private = tmp_path / "private"
     (private / "sub").mkdir(parents=True)
-    job = {"model": str(shallow), "output": "private/sub/{id}.mp4"}
+    job = {"model": str(quick), "output": "private/sub/{id}.mp4"}
     words = {
         "job": write_job(tmp_path, tiny_job(**job)),
         "lora": write_job(tmp_path, tiny_job(**job, loras=[{"path": "private/l.safetensors"}]), "lora.yaml"),

@@ -24,16 +24,16 @@ SWEEP = {"matrix": {"seed": [*range(COUNT)]}, "output": "out/s{seed}.mp4", "vide
 
 
 @pytest.fixture(scope="module")
-def batch(tmp_path_factory: pytest.TempPathFactory, shallow: Path, warm: Path) -> Path:
+def batch(tmp_path_factory: pytest.TempPathFactory, quick: Path, warm: Path) -> Path:
     """A folder with a job and its dozen outputs, latents kept, and the states of two shots."""
     from wancli.cli import run
 
     folder = tmp_path_factory.mktemp("batch")
-    job = write_job(folder, tiny_job(shallow, **SWEEP))
+    job = write_job(folder, tiny_job(quick, **SWEEP))
     assert run(["render", str(job), "-q", "--cache-dir", str(warm)]) == 0
     with pytest.MonkeyPatch.context() as patch:
         for name in ("half", "other"):
-            stopped = tiny_job(shallow, output=f"out/{name}.mp4", seed=len(name) * 100, sampler={"steps": 4})
+            stopped = tiny_job(quick, output=f"out/{name}.mp4", seed=len(name) * 100, sampler={"steps": 4})
             count_forwards(patch, lambda n: signal.raise_signal(signal.SIGTERM) if n == 2 else None)
             assert run(["render", str(write_job(folder, stopped, f"{name}.yaml")), "-q"]) == 75
     return folder

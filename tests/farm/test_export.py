@@ -41,9 +41,9 @@ def other_folder(tmp_path: Path, warm: Path) -> dict[str, Any]:
 
 
 def test_the_script_requests_the_given_resources(
-    capsys: pytest.CaptureFixture[str], tmp_path: Path, shallow: Path
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, quick: Path
 ) -> None:
-    job = write_job(tmp_path, tiny_job(shallow, **SWEEP))
+    job = write_job(tmp_path, tiny_job(quick, **SWEEP))
     options = ["--shards", 2, "--gpus", 0, "--time", "1:00:00", "--cpus", 4, "--mem", "32G", "--margin", 60]
     text = export(capsys, "slurm", job, *options)
     asked = dict(line.split(" --")[1].partition("=")[::2] for line in text.splitlines() if "SBATCH" in line)
@@ -110,10 +110,10 @@ def test_a_job_that_computes_on_cpus_requests_no_gpu_by_default(
 
 
 def test_odd_names_reach_the_render_whole(
-    capsys: pytest.CaptureFixture[str], tmp_path: Path, shallow: Path, other_folder: dict[str, Any]
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, quick: Path, other_folder: dict[str, Any]
 ) -> None:
     name = 'it\'s $(touch oops) `x` "q" 猫.yaml'
-    job = write_job(tmp_path, tiny_job(shallow, **SWEEP), name)
+    job = write_job(tmp_path, tiny_job(quick, **SWEEP), name)
     text = export(capsys, "slurm", job, "--set", "prompt=$HOME; 'a' \"b\"")
     assert "\n#SBATCH --job-name=wancli-it-s-touch-oops-x-q-\n" in text
     echo = tmp_path / "echo"
@@ -132,10 +132,10 @@ def test_odd_names_reach_the_render_whole(
 
 
 def test_a_task_that_is_out_of_time_saves_queues_again_and_finishes(
-    capsys: pytest.CaptureFixture[str], tmp_path: Path, shallow: Path, other_folder: dict[str, Any]
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, quick: Path, other_folder: dict[str, Any]
 ) -> None:
     changes = {**SWEEP, "sampler": {"steps": 40}, "save_every": 1}
-    job = write_job(tmp_path, tiny_job(shallow, **changes))
+    job = write_job(tmp_path, tiny_job(quick, **changes))
     script = tmp_path / "job.sbatch"
     script.write_text(export(capsys, "slurm", job, "--shards", 2, "--gpus", 0))
     scontrol = tmp_path / "bin" / "scontrol"
@@ -229,9 +229,9 @@ def test_a_name_that_yaml_cannot_hold_is_refused(capsys: pytest.CaptureFixture[s
 
 
 def test_the_template_is_sound_and_its_defaults_are_all_shots(
-    capsys: pytest.CaptureFixture[str], tmp_path: Path, shallow: Path
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, quick: Path
 ) -> None:
-    job = write_job(tmp_path, tiny_job(shallow, **SWEEP))
+    job = write_job(tmp_path, tiny_job(quick, **SWEEP))
     path = tmp_path / "template.yaml"
     path.write_text(export(capsys, "openjd", job, "--gpus", 2, "--at-once", 3, "--save-every", "5"))
     done = subprocess.run([OPENJD, "check", path], capture_output=True, text=True)
@@ -244,11 +244,11 @@ def test_the_template_is_sound_and_its_defaults_are_all_shots(
 
 
 def test_the_server_of_a_session_has_the_options_of_its_renders(
-    capsys: pytest.CaptureFixture[str], tmp_path: Path, shallow: Path, other_folder: dict[str, Any]
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, quick: Path, other_folder: dict[str, Any]
 ) -> None:
     job = write_job(tmp_path, tiny_job("there/is/none", **SWEEP))  # without its options nothing can be loaded
     path, cache = tmp_path / "template.yaml", tmp_path / "another cache"
-    options = ["--set", f"model={shallow}", "--set=prompt=it's $HOME", "--cache-dir", cache, "--retries", 1]
+    options = ["--set", f"model={quick}", "--set=prompt=it's $HOME", "--cache-dir", cache, "--retries", 1]
     path.write_text(export(capsys, "openjd", job, "--gpus", 0, *options))
     other_folder["env"].pop("WANCLI_SOCKET", None)
     other_folder["env"]["WANCLI_CACHE"] = str(tmp_path / "unused")
@@ -262,9 +262,9 @@ def test_the_server_of_a_session_has_the_options_of_its_renders(
 
 
 def test_openjd_renders_the_shots_with_one_load_of_the_model(
-    capsys: pytest.CaptureFixture[str], tmp_path: Path, shallow: Path, other_folder: dict[str, Any]
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, quick: Path, other_folder: dict[str, Any]
 ) -> None:
-    job = write_job(tmp_path, tiny_job(shallow, **SWEEP), "it's a job.yaml")
+    job = write_job(tmp_path, tiny_job(quick, **SWEEP), "it's a job.yaml")
     path = tmp_path / "template.yaml"
     path.write_text(export(capsys, "openjd", job, "--gpus", 0, "--at-once", 2))
     other_folder["env"].pop("WANCLI_SOCKET", None)

@@ -44,9 +44,9 @@ JOB: dict[str, Any] = {
 
 
 @pytest.fixture
-def start_driver(tmp_path: Path, shallow: Path, warm: Path) -> Iterator[subprocess.Popen[str]]:
+def start_driver(tmp_path: Path, quick: Path, warm: Path) -> Iterator[subprocess.Popen[str]]:
     """Start the command with two workers, in a process of its own: Ray warns, and keeps global state."""
-    job = write_job(tmp_path, tiny_job(shallow, **JOB))
+    job = write_job(tmp_path, tiny_job(quick, **JOB))
     short = tempfile.mkdtemp(prefix="r", dir="/tmp")
     program = "import os; os.cpu_count = lambda: 2; from wancli.__main__ import main; main()"
     arguments = ["render", job, "--engine", "ray", "--cpus-per-worker", "1", "--cache-dir", warm]
@@ -158,10 +158,10 @@ def test_a_cluster_that_is_not_found_or_too_small_is_reported(
 
 
 def test_a_worker_that_would_render_other_pixels_or_finds_no_folder_reports_it(
-    tmp_path: Path, shallow: Path, warm: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, quick: Path, warm: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    job, whole = write_plan(tmp_path, shallow)
+    job, whole = write_plan(tmp_path, quick)
     task = Task(str(job), str(tmp_path), NO_OVERRIDES, str(warm), False, None, 0, True)
     said = Worker(task).render({shot.index: "another key" for shot in whole.shots})
     assert said["outcomes"] == []
@@ -206,8 +206,8 @@ def write_plan(folder: Path, model: Path, **changes: Any) -> tuple[Path, Plan]:
     return job, build_plan(load(job), folder / "memo")
 
 
-def test_an_output_that_this_host_does_not_see_has_failed(tmp_path: Path, shallow: Path) -> None:
-    shots = write_plan(tmp_path, shallow)[1].shots
+def test_an_output_that_this_host_does_not_see_has_failed(tmp_path: Path, quick: Path) -> None:
+    shots = write_plan(tmp_path, quick)[1].shots
     told = [{"index": shot.index, "status": "rendered", "error": None, "stack": ""} for shot in shots]
     for outcome in _read_outcomes(shots, told):
         assert (outcome.status, outcome.record) == ("failed", None)
@@ -217,10 +217,10 @@ def test_an_output_that_this_host_does_not_see_has_failed(tmp_path: Path, shallo
 
 
 def test_a_repeated_call_renders_no_forced_shot_a_second_time(
-    tmp_path: Path, shallow: Path, warm: Path, render: Render, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, quick: Path, warm: Path, render: Render, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    job, whole = write_plan(tmp_path, shallow, video={})
+    job, whole = write_plan(tmp_path, quick, video={})
     assert render(**JOB | {"items": JOB["items"][:2], "sampler": {"steps": 2}, "video": {}}).code == 0
     keys = {shot.index: shot.key for shot in whole.shots}
     task = Task(str(job), str(tmp_path), NO_OVERRIDES, str(warm), False, Force.snapshot(whole.shots), 0, True)

@@ -186,9 +186,9 @@ def test_pictures_are_read_from_the_folder_of_a_job_and_anew_for_each_render(
 
 
 def test_a_shot_that_fails_fails_there_too_and_the_next_one_is_sound(
-    server_path: Path, job: Callable[..., Path], tmp_path: Path, shallow: Path
+    server_path: Path, job: Callable[..., Path], tmp_path: Path, quick: Path
 ) -> None:
-    broken = shutil.copytree(shallow, tmp_path / "broken")
+    broken = shutil.copytree(quick, tmp_path / "broken")
 
     def poisoned(tensors: dict[str, Any]) -> None:
         tensors["blocks.1.ffn.2.bias"][0] = float("nan")

@@ -58,7 +58,7 @@ KINDS = {
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory, shallow: Path) -> Path:
+def made(tmp_path_factory: pytest.TempPathFactory, quick: Path) -> Path:
     """A folder with two jobs, all kinds of records of them, and the cache."""
     from block_maps import measured_map
 
@@ -66,8 +66,8 @@ def made(tmp_path_factory: pytest.TempPathFactory, shallow: Path) -> Path:
 
     folder = tmp_path_factory.mktemp("records")
     options = ["-q", "--cache-dir", str(folder / "cache")]
-    assert run(["render", str(write_job(folder, tiny_job(shallow, **JOB))), *options]) == 0
-    half = tiny_job(shallow, output="out/half.mp4", seed=7, sampler={"steps": 3})
+    assert run(["render", str(write_job(folder, tiny_job(quick, **JOB))), *options]) == 0
+    half = tiny_job(quick, output="out/half.mp4", seed=7, sampler={"steps": 3})
     with pytest.MonkeyPatch.context() as patch:
         count_forwards(patch, lambda n: signal.raise_signal(signal.SIGTERM) if n == 2 else None)
         assert run(["render", str(write_job(folder, half, "half.yaml")), *options]) == 75

@@ -128,11 +128,11 @@ def test_a_chunked_shot_and_its_measured_effects_are_the_same(
 
 
 def test_the_plan_and_the_summary_name_the_backends(
-    tmp_path: Path, shallow: Path, warm: Path, capsys, monkeypatch
+    tmp_path: Path, quick: Path, warm: Path, capsys, monkeypatch
 ):
     monkeypatch.setenv("WANCLI_CACHE", str(warm))
     memory = {"device": "cpu", "attention": "math", "chunk": 512}
-    job = write_job(tmp_path, tiny_job(shallow, memory=memory))
+    job = write_job(tmp_path, tiny_job(quick, memory=memory))
     assert "resident, 512 tokens at a time, math attention" in run_wancli(capsys, "plan", job).out
     result = run_wancli(capsys, "render", job)
     assert "attention: math among video tokens, flash_attention to the text" in result.err

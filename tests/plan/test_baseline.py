@@ -50,10 +50,10 @@ def test_without_it_a_shot_is_compared_with_nothing_and_the_plan_warns(tmp_path:
     )
 
 
-def test_a_shot_with_a_lora_is_no_baseline_where_there_is_another(tmp_path: Path, shallow: Path) -> None:
+def test_a_shot_with_a_lora_is_no_baseline_where_there_is_another(tmp_path: Path, quick: Path) -> None:
     save_file({f"diffusion_model.{BIAS}.diff_b": torch.ones(48)}, tmp_path / "style.safetensors")
     lora = {"id": "styled", "loras": [{"path": str(tmp_path / "style.safetensors")}]}
-    found = decided(tmp_path, model=str(shallow), compare=True, items=[lora, {"id": "plain"}])
+    found = decided(tmp_path, model=str(quick), compare=True, items=[lora, {"id": "plain"}])
     assert found
     assert found.default_baseline == "plain"
 
@@ -96,11 +96,11 @@ def test_shots_are_never_compared_with_another_seed(tmp_path: Path) -> None:
     assert found.baselines == {"a": None, "b": None, "c": "c-plain", "c-plain": "c-plain"}
 
 
-def test_the_lora_of_all_shots_is_no_injection(tmp_path: Path, shallow: Path) -> None:
+def test_the_lora_of_all_shots_is_no_injection(tmp_path: Path, quick: Path) -> None:
     save_file({f"diffusion_model.{BIAS}.diff_b": torch.ones(48)}, tmp_path / "style.safetensors")
     loras = [{"path": str(tmp_path / "style.safetensors")}]
     items = [{"id": "a", "inject": [rule(blocks="early")]}]
-    job = tiny_job(model=str(shallow), output="out/{id}.mp4", items=items, loras=loras, compare=True)
+    job = tiny_job(model=str(quick), output="out/{id}.mp4", items=items, loras=loras, compare=True)
     plan = build_plan(load(write_job(tmp_path, job)), tmp_path / "memo.json")
     assert plan.comparison
     assert plan.comparison.baselines == {"a": "plain", "plain": "plain"}

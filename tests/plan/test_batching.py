@@ -61,10 +61,10 @@ def batch(render: Callable[..., CommandResult]) -> Callable[..., CommandResult]:
 
 
 @pytest.fixture
-def decide(tmp_path: Path, shallow: Path, warm: Path) -> Callable[..., list[Shot]]:
+def decide(tmp_path: Path, quick: Path, warm: Path) -> Callable[..., list[Shot]]:
     def decided(*items: dict[str, Any], **said: Any) -> list[Shot]:
         job = {"output": "{item}.mp4", "memory": STREAMED, "items": list(items)} | said
-        path = write_job(tmp_path, tiny_job(shallow, **job))
+        path = write_job(tmp_path, tiny_job(quick, **job))
         return list(planning.build_plan(load(path), warm / "memo.json").shots)
 
     return decided
@@ -183,10 +183,10 @@ def test_shots_with_the_same_loras_share_a_pass_and_other_shots_do_not(
 
 
 def test_a_batch_has_one_bar_that_names_its_shots(
-    tmp_path: Path, shallow: Path, warm: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, quick: Path, warm: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     items = [{"id": name, "seed": ord(name)} for name in "abc"]
-    job = tiny_job(shallow, output="out/{id}.mp4", memory=STREAMED, items=items)
+    job = tiny_job(quick, output="out/{id}.mp4", memory=STREAMED, items=items)
     path = write_job(tmp_path, job)
     result = run_wancli(capsys, "plan", path, "-v", "--cache-dir", warm)
     assert "up to 3 shots share each pass over the weights" in result.out
@@ -234,13 +234,13 @@ def batch_sizes(shots: Sequence[Shot]) -> list[int]:
 
 
 def test_the_memory_limit_is_read_once_and_a_render_executes_the_schedule_of_the_plan(
-    tmp_path: Path, shallow: Path, warm: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, quick: Path, warm: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     reads: list[str] = []
     free = memory_policy.read_free_memory("cpu")
     monkeypatch.setattr(memory_policy, "read_free_memory", lambda device: [reads.append(device), free][1])
     items = [{"seed": seed} for seed in range(3)] + [{"size": "96x64"}]
-    job = tiny_job(shallow, output=f"{tmp_path}/{{item}}.mp4", memory=STREAMED, items=items)
+    job = tiny_job(quick, output=f"{tmp_path}/{{item}}.mp4", memory=STREAMED, items=items)
     plan = planning.build_plan(load(write_job(tmp_path, job)), warm / "memo.json")
     context = RenderContext(Store(warm / "embeddings"), Progress())
     assert preflight(plan, context).schedule is plan.schedule

@@ -145,21 +145,21 @@ def test_a_disk_that_fills_up_ends_the_batch_and_keeps_finished_shots(
 
 
 def test_a_full_cache_costs_a_warning_and_nothing_else(
-    small: Path, tmp_path: Path, shallow: Path, caplog: pytest.LogCaptureFixture, capsys: Any
+    small: Path, tmp_path: Path, quick: Path, caplog: pytest.LogCaptureFixture, capsys: Any
 ) -> None:
     from jobs import run_wancli
 
     (small / "ballast").write_bytes(b"x" * 2**21)
-    job = write_job(tmp_path, tiny_job(shallow, prompt="one that no cache knows"))
+    job = write_job(tmp_path, tiny_job(quick, prompt="one that no cache knows"))
     assert run_wancli(capsys, "render", job, "--cache-dir", small / "cache").code == 0
     assert "continuing without the cache: " in caplog.text
     assert list(small.rglob("*.entry")) == []
 
 
 def test_a_limit_on_file_size_counts_as_a_full_disk_and_the_next_run_resumes(
-    render: Render, tmp_path: Path, shallow: Path, warm: Path
+    render: Render, tmp_path: Path, quick: Path, warm: Path
 ) -> None:
-    job = write_job(tmp_path, tiny_job(shallow, frames=17, video={"keep_latents": True}))
+    job = write_job(tmp_path, tiny_job(quick, frames=17, video={"keep_latents": True}))
 
     limit = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000)); "
     ended = run("render", job, "-q", "--cache-dir", warm, program=limit + WANCLI)

@@ -46,10 +46,10 @@ Factors = dict[str, tuple[torch.Tensor, torch.Tensor]]  # module -> down, up
 
 
 @pytest.fixture
-def factors(shallow: Path) -> Factors:
+def factors(quick: Path) -> Factors:
     """A LoRA for all 4 blocks and the text embedding, strong enough to be seen."""
     generator = torch.Generator().manual_seed(7)
-    weights = load_file(shallow / TRANSFORMER)
+    weights = load_file(quick / TRANSFORMER)
     names = [f"blocks.{block}.{module}" for block in range(4) for module in MODULES] + ["text_embedding.2"]
     return {
         name: (
@@ -96,13 +96,13 @@ def in_blocks(factors: Factors, blocks: Iterable[int]) -> Factors:
 def test_a_lora_renders_what_a_checkpoint_with_it_merged_renders(
     render: Callable[..., CommandResult],
     tmp_path: Path,
-    shallow: Path,
+    quick: Path,
     lora: Path,
     factors: Factors,
     blocks: str,
 ) -> None:
     merged = {"all": factors, "1-2": in_blocks(factors, (1, 2)), "late": in_blocks(factors, (3,))}[blocks]
-    model = with_merged(tmp_path / "merged", shallow, merged, 0.8)
+    model = with_merged(tmp_path / "merged", quick, merged, 0.8)
     entry = {"path": "style.safetensors", "strength": 0.8, "blocks": blocks}
     assert render(loras=[entry], video=KEPT).code == 0
     for name, changes in (("plain", {}), ("expected", {"model": model})):
@@ -124,7 +124,7 @@ def test_a_lora_at_strength_0_gives_the_plain_model(
 def test_a_lora_for_one_step_applies_in_that_step_only(
     render: Callable[..., CommandResult],
     tmp_path: Path,
-    shallow: Path,
+    quick: Path,
     lora: Path,
     factors: Factors,
     capsys: pytest.CaptureFixture[str],
@@ -133,10 +133,10 @@ def test_a_lora_for_one_step_applies_in_that_step_only(
     entry = {"path": "style.safetensors", "steps": steps}
     assert render(loras=[entry], video=KEPT, sampler=ONE_STEP, seed=3).code == 0
     out = tmp_path / "cat.safetensors"
-    assert run_wancli(capsys, "encode", "-q", "--model", shallow, "--out", out, CAT).code == 0
+    assert run_wancli(capsys, "encode", "-q", "--model", quick, "--out", out, CAT).code == 0
     rows_NE = load_embedding(out, 0).rows_NE
-    changed = with_merged(tmp_path / "merged", shallow, factors, 1.0)
-    plain, with_lora = (load_transformer(identify(root)) for root in (shallow, changed))
+    changed = with_merged(tmp_path / "merged", quick, factors, 1.0)
+    plain, with_lora = (load_transformer(identify(root)) for root in (quick, changed))
     euler = build_sigma_schedule("euler", 2, 5.0)
     x = draw_noise((16, 1, 8, 8), 3)[None]
     with torch.inference_mode():
@@ -151,7 +151,7 @@ def test_a_lora_for_one_step_applies_in_that_step_only(
 def test_shots_with_different_loras_do_not_affect_each_other(
     render: Callable[..., CommandResult],
     tmp_path: Path,
-    shallow: Path,
+    quick: Path,
     lora: Path,
     factors: Factors,
     dtype: str,
@@ -160,7 +160,7 @@ def test_shots_with_different_loras_do_not_affect_each_other(
         tmp_path / "other.safetensors",
         {n: (up.mT.contiguous(), down.mT.contiguous()) for n, (down, up) in factors.items() if "attn.k" in n},
     )
-    before = hashlib.sha256((shallow / TRANSFORMER).read_bytes()).digest()
+    before = hashlib.sha256((quick / TRANSFORMER).read_bytes()).digest()
     sets: dict[str, list[dict[str, Any]]] = {
         "a": [{"path": str(lora)}],
         "b": [{"path": str(lora), "steps": "1", "blocks": [0, 3]}, {"path": str(other), "strength": -0.5}],
@@ -173,7 +173,7 @@ def test_shots_with_different_loras_do_not_affect_each_other(
         assert render(folder=tmp_path / name, loras=loras, **changes).code == 0
         assert torch.equal(latents_of(tmp_path, name), latents_of(tmp_path / name)), name
     assert len({latents_of(tmp_path, name).sum().item() for name in "abc"}) == 3
-    assert hashlib.sha256((shallow / TRANSFORMER).read_bytes()).digest() == before
+    assert hashlib.sha256((quick / TRANSFORMER).read_bytes()).digest() == before
 
 
 @pytest.mark.parametrize(
@@ -240,9 +240,9 @@ def test_a_lora_of_another_model_ends_with_4_before_anything_is_loaded(
 
 
 @pytest.fixture
-def decide(tmp_path: Path, shallow: Path, warm: Path) -> Callable[..., Shot]:
+def decide(tmp_path: Path, quick: Path, warm: Path) -> Callable[..., Shot]:
     def decided(*loras: dict[str, Any], **changes: Any) -> Shot:
-        job = tiny_job(**{"model": shallow, "loras": list(loras)} | changes)
+        job = tiny_job(**{"model": quick, "loras": list(loras)} | changes)
         (shot,) = planning.build_plan(load(write_job(tmp_path, job)), warm / "memo.json").shots
         return shot
 
@@ -330,7 +330,7 @@ def test_a_file_that_is_not_a_lora_of_this_model_is_an_integrity_error(
 
 
 def test_the_plan_shows_every_lora_once_and_warns(
-    tmp_path: Path, shallow: Path, lora: Path, factors: Factors, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, quick: Path, lora: Path, factors: Factors, capsys: pytest.CaptureFixture[str]
 ) -> None:
     odd = {"base_model.model.head.lora_C": torch.ones(1)}
     found = {
@@ -341,7 +341,7 @@ def test_the_plan_shows_every_lora_once_and_warns(
     save_file(found | odd, tmp_path / "peft.safetensors")
     late = {"path": "style.safetensors", "strength": 0.25, "blocks": "late", "steps": "1"}
     job = tiny_job(
-        model=shallow,
+        model=quick,
         output="out/{id}.mp4",
         items=[
             {"id": "a", "loras": [late]},
@@ -366,8 +366,8 @@ def test_the_plan_shows_every_lora_once_and_warns(
     assert shots[0]["loras"][0]["coverage"]["targets"] == 17
 
 
-def test_planning_a_lora_does_not_load_torch(tmp_path: Path, shallow: Path, lora: Path) -> None:
-    path = write_job(tmp_path, tiny_job(model=shallow, loras=[{"path": "style.safetensors"}]))
+def test_planning_a_lora_does_not_load_torch(tmp_path: Path, quick: Path, lora: Path) -> None:
+    path = write_job(tmp_path, tiny_job(model=quick, loras=[{"path": "style.safetensors"}]))
     code = (
         "import sys\nfrom pathlib import Path\n"
         "from wancli.job import loader\nfrom wancli.plan import planner\n"

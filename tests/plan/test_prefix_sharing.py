@@ -51,10 +51,10 @@ Render = Callable[..., CommandResult]
 
 
 @pytest.fixture
-def decide(tmp_path: Path, shallow: Path, warm: Path) -> Decide:
+def decide(tmp_path: Path, quick: Path, warm: Path) -> Decide:
     def decided(*items: dict[str, Any], **said: Any) -> list[Shot]:
         job = {"output": "{item}.mp4", "sampler": {"steps": 10}, "items": list(items)} | said
-        path = write_job(tmp_path, tiny_job(shallow, **job))
+        path = write_job(tmp_path, tiny_job(quick, **job))
         return list(planning.build_plan(load(path), warm / "memo.json").shots)
 
     return decided
@@ -72,12 +72,12 @@ def sweep(render: Render) -> Render:
 
 
 @pytest.fixture(scope="module")
-def alone(tmp_path_factory: pytest.TempPathFactory, shallow: Path, warm: Path) -> Path:
+def alone(tmp_path_factory: pytest.TempPathFactory, quick: Path, warm: Path) -> Path:
     """Where each of HALF was rendered by itself."""
     folder = tmp_path_factory.mktemp("alone")
     for item in HALF:
         said = {"output": "out/{id}.mp4", "sampler": {"steps": STEPS}, "video": KEPT}
-        path = write_job(folder, tiny_job(shallow, **said, **item))
+        path = write_job(folder, tiny_job(quick, **said, **item))
         assert run(["render", "-q", str(path), "--cache-dir", str(warm)], NETWORKS) == 0
     return folder
 
@@ -209,9 +209,9 @@ def test_a_shot_in_progress_forks_later_or_not_at_all(decide: Decide) -> None:
 
 
 def test_the_plan_says_how_many_steps_are_shared(
-    tmp_path: Path, shallow: Path, warm: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, quick: Path, warm: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    job = tiny_job(shallow, output="{id}.mp4", items=HALF, sampler={"steps": 20})
+    job = tiny_job(quick, output="{id}.mp4", items=HALF, sampler={"steps": 20})
     path = write_job(tmp_path, job)
     said = run_wancli(capsys, "plan", path, "--cache-dir", warm)
     assert "sampling 90 of 160 steps; 70 are shared\n" in said.out

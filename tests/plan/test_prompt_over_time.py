@@ -20,11 +20,11 @@ Decide = Callable[..., Shot]
 
 
 @pytest.fixture
-def decide(tmp_path: Path, shallow: Path, warm: Path) -> Decide:
+def decide(tmp_path: Path, quick: Path, warm: Path) -> Decide:
     """A shot of 81 frames, 16 a second, with this prompt."""
 
     def decided(prompt: Any, **changes: Any) -> Shot:
-        job = tiny_job(shallow, frames=81, prompt=prompt, **changes)
+        job = tiny_job(quick, frames=81, prompt=prompt, **changes)
         return build_plan(load(write_job(tmp_path, job)), warm / "hashes.json").shots[0]
 
     return decided
@@ -199,7 +199,7 @@ def test_a_gain_needs_one_prompt(problem: Callable[..., str]) -> None:
 
 
 def test_shots_with_equal_lists_share_their_steps_and_others_none(
-    tmp_path: Path, shallow: Path, warm: Path
+    tmp_path: Path, quick: Path, warm: Path
 ) -> None:
     lists = [
         [CAT, FISH],
@@ -208,7 +208,7 @@ def test_shots_with_equal_lists_share_their_steps_and_others_none(
         CAT,
     ]
     items = [{"id": f"s{i}", "prompt": prompt, "output": f"{i}.mp4"} for i, prompt in enumerate(lists)]
-    job = tiny_job(shallow, frames=81, items=items)
+    job = tiny_job(quick, frames=81, items=items)
     plan = build_plan(load(write_job(tmp_path, job)), warm / "hashes.json")
     shared = plan.schedule.shared_steps()
     assert [shared.get(shot.index, 0) for shot in plan.shots] == [0, 2, 0, 0]
@@ -221,10 +221,10 @@ def test_attention_maps_need_one_prompt(problem: Callable[..., str]) -> None:
 
 @pytest.mark.parametrize(("border", "named"), [(13, ["0-12"]), (25, ["25-40"]), (20, []), (17, [])])
 def test_a_warning_names_the_segments_that_are_too_short_for_a_relay(
-    tmp_path: Path, shallow: Path, warm: Path, border: int, named: list[str]
+    tmp_path: Path, quick: Path, warm: Path, border: int, named: list[str]
 ) -> None:
     """Those of four latent frames or fewer: 13 frames at the beginning, 16 elsewhere."""
     segments = [{"text": CAT, "frames": f"0-{border - 1}"}, {"text": DOG, "frames": f"{border}-end"}]
-    job = tiny_job(shallow, frames=41, prompt={"segments": segments, "blend": "relay"})
+    job = tiny_job(quick, frames=41, prompt={"segments": segments, "blend": "relay"})
     warnings = build_plan(load(write_job(tmp_path, job)), warm / "hashes.json").warnings
     assert [line.partition("that of ")[2].partition(" hardly")[0] for line in warnings] == named

@@ -55,11 +55,11 @@ def cache(folder: Path, warm: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.fixture
-def probe(folder: Path, shallow: Path, cache: Path, capsys: pytest.CaptureFixture[str]) -> Probe:
+def probe(folder: Path, quick: Path, cache: Path, capsys: pytest.CaptureFixture[str]) -> Probe:
     """Probes the tiny job with an injection on 4 blocks."""
 
     def run_probe(*options: str, **changes: Any) -> CommandResult:
-        result = tiny_job(shallow, **{"inject": [rule(blocks="1-2")]} | changes)
+        result = tiny_job(quick, **{"inject": [rule(blocks="1-2")]} | changes)
         return run_wancli(capsys, "probe", write_job(folder, result), "-q", *options)
 
     return run_probe
@@ -123,9 +123,9 @@ def reference(folder: Path, cache: Path, blocks: list[int], s: float = 1.0) -> t
 
 
 def test_injecting_changes_the_velocity_as_whole_forwards_do(
-    probe: Probe, folder: Path, cache: Path, shallow: Path
+    probe: Probe, folder: Path, cache: Path, quick: Path
 ) -> None:
-    write_job(folder, tiny_job(shallow), "plain.yaml")
+    write_job(folder, tiny_job(quick), "plain.yaml")
     single, several = (
         document(probe("--json", "--levels", "2", *options))
         for options in ((), ("--ranges", "0-1,3,alternating"))
@@ -145,9 +145,9 @@ def test_streamed_and_resident_weights_have_the_same_map(probe: Probe) -> None:
 
 
 def test_the_gradient_is_close_to_the_change_by_a_small_strength(
-    probe: Probe, folder: Path, cache: Path, shallow: Path
+    probe: Probe, folder: Path, cache: Path, quick: Path
 ) -> None:
-    write_job(folder, tiny_job(shallow), "plain.yaml")
+    write_job(folder, tiny_job(quick), "plain.yaml")
     values = document(probe("--json", "--levels", "2", "--method", "gradient"))["values"][1]
     for block, value in enumerate(values):  # one projection, and each token for itself: not the same number
         assert 0.3 < value / reference(folder, cache, [block], 0.05)[1] < 3
@@ -298,54 +298,54 @@ def test_a_stopped_probe_leaves_no_map(
 
 
 def plan_auto(
-    folder: Path, shallow: Path, capsys: pytest.CaptureFixture[str], *options: str, **changes: Any
+    folder: Path, quick: Path, capsys: pytest.CaptureFixture[str], *options: str, **changes: Any
 ) -> CommandResult:
-    result = tiny_job(shallow, **{"inject": [rule(blocks="auto:top2")]} | changes)
+    result = tiny_job(quick, **{"inject": [rule(blocks="auto:top2")]} | changes)
     return run_wancli(capsys, "plan", write_job(folder, result, "auto.yaml"), *options)
 
 
 def test_a_job_takes_its_blocks_from_the_map(
-    probe: Probe, folder: Path, shallow: Path, capsys: pytest.CaptureFixture[str]
+    probe: Probe, folder: Path, quick: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     ranking = block_map.rank(document(probe("--json", "--levels", "1"))["total"])
     (top, bottom) = (sorted(ranking[:2]), sorted(ranking[2:]))
     both = ["auto:top2", *bottom], [*top, *bottom]
     for result, blocks in (("auto:top2", top), (["auto:bottom2"], bottom), both):
-        auto = plan_auto(folder, shallow, capsys, "--json", inject=[rule(blocks=result)])
-        write_job(folder, tiny_job(shallow, inject=[rule(blocks=blocks)]), "numbers.yaml")
+        auto = plan_auto(folder, quick, capsys, "--json", inject=[rule(blocks=result)])
+        write_job(folder, tiny_job(quick, inject=[rule(blocks=blocks)]), "numbers.yaml")
         numbers = run_wancli(capsys, "plan", folder / "numbers.yaml", "--json")
         keys = [json.loads(one.out)["shots"][0]["key"] for one in (auto, numbers)]
         assert keys[0] == keys[1]
-    verbose = plan_auto(folder, shallow, capsys, "-v")
+    verbose = plan_auto(folder, quick, capsys, "-v")
     assert verbose.err == ""
     became = f"auto:top2  is {block_map.format_blocks(top)}, by the inject map of shot 0000 of job, 20"
     assert became in verbose.out
 
 
 def test_a_map_of_other_prompts_is_used_with_a_warning_that_names_it(
-    probe: Probe, folder: Path, shallow: Path, capsys: pytest.CaptureFixture[str]
+    probe: Probe, folder: Path, quick: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     document(probe("--json", "--levels", "1"))
-    result = plan_auto(folder, shallow, capsys, prompt="A lighthouse on a cliff.")
+    result = plan_auto(folder, quick, capsys, prompt="A lighthouse on a cliff.")
     assert result.code == 0
     assert "auto:top2 uses the inject map of shot 0000 of job, 20" in result.err
     assert "which was measured with 'A gray tabby cat walks through" in result.err
 
 
 def test_without_a_map_the_error_names_the_command_and_that_command_needs_none(
-    probe: Probe, folder: Path, shallow: Path, capsys: pytest.CaptureFixture[str], cache: Path
+    probe: Probe, folder: Path, quick: Path, capsys: pytest.CaptureFixture[str], cache: Path
 ) -> None:
-    result = plan_auto(folder, shallow, capsys)
+    result = plan_auto(folder, quick, capsys)
     assert result.code == 2
     assert "inject.0.blocks: auto:top2 needs a map, and none was measured with this model" in result.err
     assert "`wancli probe JOB` measures one" in result.err
     assert probe("--levels", "1", inject=[rule(blocks="auto:top2")]).code == 0
-    assert plan_auto(folder, shallow, capsys).code == 0
+    assert plan_auto(folder, quick, capsys).code == 0
 
 
 def test_an_invalid_set_is_an_error_with_its_line(
-    folder: Path, shallow: Path, cache: Path, capsys: pytest.CaptureFixture[str]
+    folder: Path, quick: Path, cache: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    result = plan_auto(folder, shallow, capsys, inject=[rule(blocks="auto:top99")])
+    result = plan_auto(folder, quick, capsys, inject=[rule(blocks="auto:top99")])
     assert result.code == 2
     assert "inject.0.blocks: 'auto:top99' is not within 1 and the model's 4 blocks" in result.err

@@ -115,10 +115,10 @@ def test_forty_blocks_one_by_one_take_21_and_a_half_forwards(forwards_per_pass: 
 
 @pytest.mark.parametrize(("forwards_per_pass", "fetches"), [(1, 10), (3, 5), (4, 4)])
 def test_with_streamed_weights_forwards_share_a_pass_from_their_first_difference_on(
-    forwards_per_pass: int, fetches: int, shallow: Path, monkeypatch: pytest.MonkeyPatch
+    forwards_per_pass: int, fetches: int, quick: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    resident = load_transformer(identify(shallow))
-    streamed = load_transformer(identify(shallow), LoadOptions(residency="streamed"))
+    resident = load_transformer(identify(quick))
+    streamed = load_transformer(identify(quick), LoadOptions(residency="streamed"))
     fetched: list[int] = []
     fetch = streamed.blocks._fetch
 

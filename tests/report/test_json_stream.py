@@ -263,8 +263,8 @@ def test_a_signal_ends_the_stream_with_75_while_planning_as_while_sampling(
         assert found[-1]["data"]["report"]
 
 
-def test_each_line_is_there_at_once(tmp_path: Path, shallow: Path, warm: Path) -> None:
-    job = write_job(tmp_path, tiny_job(shallow, sampler={"steps": 200}))
+def test_each_line_is_there_at_once(tmp_path: Path, quick: Path, warm: Path) -> None:
+    job = write_job(tmp_path, tiny_job(quick, sampler={"steps": 200}))
     with start("render", job, "--json-stream", "-q", "--cache-dir", warm) as running:
         assert running.stdout
         lines, asked = [], False

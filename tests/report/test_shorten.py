@@ -45,7 +45,7 @@ def test_names_keep_to_their_room(ids: list[str], limit: int) -> None:
 
 
 def test_a_plan_in_80_columns_shows_shared_values_once_and_cuts_no_name(
-    tmp_path: Path, shallow: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, quick: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("COLUMNS", "80")
     items: list[dict[str, Any]] = [
@@ -53,7 +53,7 @@ def test_a_plan_in_80_columns_shows_shared_values_once_and_cuts_no_name(
         {"id": STORM.format("noon"), "seed": 7},
     ]
     lines = run_wancli(
-        capsys, "plan", write_job(tmp_path, tiny_job(shallow, output="{id}.mp4", items=items))
+        capsys, "plan", write_job(tmp_path, tiny_job(quick, output="{id}.mp4", items=items))
     ).out
     alike, heads, *shots = lines.splitlines()[1:5]
     assert alike == "all: size 64x64, frames 1, tokens 16, solver unipc, steps 2, shift 5, guidance 5"

@@ -43,11 +43,11 @@ def states(
 def test_before_during_and_after(
     render: Callable[..., CommandResult],
     states: Any,
-    shallow: Path,
+    quick: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    write_job(tmp_path, tiny_job(shallow, **CHANGES))
+    write_job(tmp_path, tiny_job(quick, **CHANGES))
     assert [shot["state"] for shot in states().values()] == ["to do"] * 3
     with monkeypatch.context() as patch:
         # 8 forwards a shot; in the second step of the second somebody asks for an end
@@ -117,8 +117,8 @@ def test_a_video_that_lacks_only_its_manifest_is_one_that_its_latent_is_there_fo
     assert states()["a"]["state"] == "done"
 
 
-def test_a_shot_that_a_worker_holds_names_it(states: Any, shallow: Path, tmp_path: Path) -> None:
-    job = write_job(tmp_path, tiny_job(shallow, **CHANGES))
+def test_a_shot_that_a_worker_holds_names_it(states: Any, quick: Path, tmp_path: Path) -> None:
+    job = write_job(tmp_path, tiny_job(quick, **CHANGES))
     shots = build_plan(load(job), tmp_path / "memo").shots
     for shot in shots:
         shot.output.parent.mkdir(exist_ok=True)
@@ -132,9 +132,9 @@ def test_a_shot_that_a_worker_holds_names_it(states: Any, shallow: Path, tmp_pat
 
 @pytest.mark.parametrize("content", ["", "{", '{"host": "far", "pid": 7, "started": "yesterday"}'])
 def test_a_claim_that_is_torn_is_a_claim(
-    capsys: pytest.CaptureFixture[str], shallow: Path, tmp_path: Path, content: str
+    capsys: pytest.CaptureFixture[str], quick: Path, tmp_path: Path, content: str
 ) -> None:
-    job = write_job(tmp_path, tiny_job(shallow, **CHANGES))
+    job = write_job(tmp_path, tiny_job(quick, **CHANGES))
     claim = tmp_path / "out/.wancli/claims/a.json"
     claim.parent.mkdir(parents=True)
     claim.write_text(content)
@@ -229,8 +229,8 @@ def test_a_thousand_shots_are_a_screen_of_80_columns() -> None:
     assert re.match(r"to do: 7,15,23", shown[-1])
 
 
-def test_it_needs_no_torch(tmp_path: Path, shallow: Path) -> None:
-    job = write_job(tmp_path, tiny_job(shallow, **CHANGES))
+def test_it_needs_no_torch(tmp_path: Path, quick: Path) -> None:
+    job = write_job(tmp_path, tiny_job(quick, **CHANGES))
     program = f"import sys; from wancli.cli import run; run(['status', {str(job)!r}])"
     program += "; print('torch' in sys.modules)"
     result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)

@@ -71,11 +71,11 @@ def test_strengths_sizes_and_blocks_of_a_job_are_values_of_its_record() -> None:
 
 
 def test_a_shot_with_the_most_of_everything_is_rendered_and_done(
-    capsys: pytest.CaptureFixture[str], tmp_path: Path, shallow: Path
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, quick: Path
 ) -> None:
     curve = {"curve": "linear", "start": -10.0, "end": 10.0}
     most = tiny_job(
-        shallow,
+        quick,
         seed=2**63 - 1,
         labels={"a": 10**31 - 1, "b": 1.7e308, "c": "9" * 50, "": True},
         sampler={"steps": 2, "shift": 100.0, "guidance": 100.0},
@@ -93,12 +93,12 @@ def test_a_shot_with_the_most_of_everything_is_rendered_and_done(
 
 
 def test_a_label_that_no_record_can_hold_is_refused_before_anything_is_rendered(
-    capsys: pytest.CaptureFixture[str], tmp_path: Path, shallow: Path
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, quick: Path
 ) -> None:
     """YAML has no integers of that length, JSON has."""
     rows = [{"prompt": "a", "labels": {"a": value}} for value in (10**40 - 1, 10**40)]
     (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    job = tiny_job(shallow, prompts_from="rows.jsonl", output="out/{item}.mp4")
+    job = tiny_job(quick, prompts_from="rows.jsonl", output="out/{item}.mp4")
     del job["prompt"]
     result = run_wancli(capsys, "plan", write_job(tmp_path, job))
     assert (result.code, "has more than 40 digits" in result.err) == (2, True), result.err

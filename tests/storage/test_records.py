@@ -1,4 +1,4 @@
-"""Records are opened by one module, which takes plain files of a plausible size and shallow, finite JSON."""
+"""Records are opened by one module, which takes plain files of a plausible size and quick, finite JSON."""
 
 from __future__ import annotations
 

@@ -13,6 +13,7 @@ import pytest
 import torch
 from jobs import (
     KEPT,
+    NETWORKS,
     T5,
     TINY,
     TRANSFORMER,
@@ -35,9 +36,9 @@ from wancli.weights import loader
 
 
 def test_several_models_in_one_job_are_loaded_once_each(
-    render: Callable[..., CommandResult], shallow: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    render: Callable[..., CommandResult], quick: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    other = checkpoint(tmp_path, shallow)
+    other = checkpoint(tmp_path, quick)
     change_tensors(other / TRANSFORMER, lambda tensors: tensors["head.head.bias"].add_(0.1))
     loaded: list[Path] = []
     real = loader.load_transformer
@@ -48,8 +49,9 @@ def test_several_models_in_one_job_are_loaded_once_each(
 
     monkeypatch.setattr(loader, "load_transformer", counted)
     items = [{"id": "a"}, {"id": "b", "model": str(other)}, {"id": "c", "seed": 1}]
+    NETWORKS.clear()
     assert render(output="out/{id}.mp4", items=items, video=KEPT).code == 0
-    assert loaded == [shallow, other]
+    assert loaded == [quick, other]
     assert not torch.equal(latents_of(tmp_path, "a"), latents_of(tmp_path, "b"))
     assert manifest_of(tmp_path, "b")["model"]["root"] == str(other)
 
@@ -71,9 +73,9 @@ def test_a_model_of_any_depth_and_head_width_renders(
 
 
 def test_shards_are_one_model_and_each_must_be_whole(
-    render: Callable[..., CommandResult], shallow: Path, tmp_path: Path
+    render: Callable[..., CommandResult], quick: Path, tmp_path: Path
 ) -> None:
-    model = checkpoint(tmp_path, shallow)
+    model = checkpoint(tmp_path, quick)
     tensors = load_file(model / TRANSFORMER)
     (model / TRANSFORMER).unlink()
     names = sorted(tensors)

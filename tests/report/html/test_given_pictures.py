@@ -18,8 +18,8 @@ from wancli.report.html.collect import ReportInputs
 
 
 @pytest.fixture(scope="module")
-def out(tmp_path_factory: pytest.TempPathFactory, shallow: Path) -> Path:
-    return pages.render(tmp_path_factory.mktemp("pages"), shallow, items=[{"id": "plain"}])
+def out(tmp_path_factory: pytest.TempPathFactory, quick: Path) -> Path:
+    return pages.render(tmp_path_factory.mktemp("pages"), quick, items=[{"id": "plain"}])
 
 
 @pytest.fixture

@@ -34,9 +34,9 @@ TI2V_5B = WanConfig(dim=3072, ffn_dim=14336, num_heads=24, num_layers=30, in_dim
 
 
 @pytest.fixture(scope="module")
-def out(tmp_path_factory: pytest.TempPathFactory, shallow: Path) -> Path:
+def out(tmp_path_factory: pytest.TempPathFactory, quick: Path) -> Path:
     """The outputs of a job of two shots."""
-    return pages.render(tmp_path_factory.mktemp("pages"), shallow)
+    return pages.render(tmp_path_factory.mktemp("pages"), quick)
 
 
 def made(out: Path, entry: dict[str, Any]) -> bytes:
@@ -436,7 +436,7 @@ def test_csv_is_written_beside_the_page(out: Path, tmp_path: Path) -> None:
 # ---- models without a render ----
 
 
-def test_models_are_explored_without_weights(tmp_path: Path, shallow: Path) -> None:
+def test_models_are_explored_without_weights(tmp_path: Path, quick: Path) -> None:
     path = tmp_path / "explore.html"
     assert run(["explore", "wan2.1-t2v-14b", "-o", str(path)]) == 0
     found = pages.Page(path.read_bytes())
@@ -454,7 +454,7 @@ def test_models_are_explored_without_weights(tmp_path: Path, shallow: Path) -> N
         "blocks",
         "memory",
     ]
-    assert run(["explore", str(shallow), "-o", str(path)]) == 0
+    assert run(["explore", str(quick), "-o", str(path)]) == 0
     (model,) = pages.Page(path.read_bytes()).document["models"]
     assert model["sizes"]["num_layers"] == 4
 

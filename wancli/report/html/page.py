@@ -11,8 +11,9 @@ import base64
 import hashlib
 import json
 from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from wancli.report.html import collect, given_pictures, page_data
 from wancli.report.html.attention_panel import panel_entry
@@ -20,6 +21,9 @@ from wancli.report.html.collect import ReportInputs
 from wancli.report.shots_table import COLUMNS
 from wancli.storage import disk, sidecars
 from wancli.video import thumbnails
+
+if TYPE_CHECKING:
+    from jinja2 import Template
 
 ASSETS = Path(__file__).parent / "assets"
 SCRIPTS = (
@@ -64,19 +68,11 @@ def publish_page(path: Path, page: bytes) -> None:
 
 def render_html(data: Mapping[str, Any]) -> bytes:
     """Render the page of a document."""
-    import jinja2
     from markupsafe import Markup
 
     styles = disk.read_text(ASSETS / "page.css")
     script = "\n".join(disk.read_text(ASSETS / f"{name}.js") for name in SCRIPTS)
-    environment = jinja2.Environment(
-        autoescape=True,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        undefined=jinja2.StrictUndefined,
-        keep_trailing_newline=True,
-    )
-    text = environment.from_string(disk.read_text(ASSETS / "page.html.j2")).render(
+    text = _load_template().render(
         data=data,
         columns=_table_columns(data),
         policy=_security_policy(styles, script),
@@ -85,6 +81,21 @@ def render_html(data: Mapping[str, Any]) -> bytes:
         json=Markup(_embeddable_json(data)),
     )
     return text.encode(errors="backslashreplace")
+
+
+@cache
+def _load_template() -> Template:
+    """Compile the template; it takes longer than to render it."""
+    import jinja2
+
+    environment = jinja2.Environment(
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=jinja2.StrictUndefined,
+        keep_trailing_newline=True,
+    )
+    return environment.from_string(disk.read_text(ASSETS / "page.html.j2"))
 
 
 def _table_columns(data: Mapping[str, Any]) -> dict[str, str]:

@@ -73,11 +73,9 @@ def format_seconds(value: float) -> str:
     return f"{minutes} min {seconds} s" if value < 7200 else f"{value / 3600:.1f} h"
 
 
-def format_moment(moment: datetime, now: datetime) -> str:
-    """Format a time in the zone of this machine: `23:37:20 JST`, with its date unless that is today's."""
-    local = moment.astimezone()
-    date = "" if local.date() == now.astimezone().date() else f"{local:%Y-%m-%d} "
-    return f"{date}{local:%H:%M:%S %Z}"
+def format_moment(moment: datetime) -> str:
+    """Format a time with its date, in the zone of this machine: `2026-11-30 23:37:20 JST`."""
+    return f"{moment.astimezone():%Y-%m-%d %H:%M:%S %Z}"
 
 
 def pluralize(count: int, singular: str, plural: str = "") -> str:

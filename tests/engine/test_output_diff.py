@@ -18,29 +18,29 @@ from wancli.plan.shot import Shot
 
 CASES: list[tuple[dict[str, Any], str]] = [
     ({}, ""),
-    ({"seed": 5}, "seed 0, not 5"),
-    ({"size": "64x80", "frames": 5}, "size 64x64, not 64x80; frames 1, not 5"),
-    ({"sampler": {"steps": 3}}, "sampler.steps 2, not 3; another inject.0.steps"),
-    ({"sampler": {"steps": 2, "solver": "euler", "guidance": 3}}, "sampler.solver unipc, not euler; "
-     "sampler.guidance 5, not 3"),
-    ({"video": {"crf": 20}}, "video.crf 16, not 20"),
+    ({"seed": 5}, "seed 0, now 5"),
+    ({"size": "64x80", "frames": 5}, "size 64x64, now 64x80; frames 1, now 5"),
+    ({"sampler": {"steps": 3}}, "sampler.steps 2, now 3; inject.0.steps 0-1, now 0-2"),
+    ({"sampler": {"steps": 2, "solver": "euler", "guidance": 3}}, "sampler.solver unipc, now euler; "
+     "sampler.guidance 5, now 3"),
+    ({"video": {"crf": 20}}, "video.crf 16, now 20"),
     ({"video": {"crf": 20, "fps": 8, "codec": "h265"}, "noise": "cuda"},
-     "noise cpu, not cuda; video.fps 16, not 8; video.crf 16, not 20; 1 more"),
+     "noise cpu, now cuda; video.fps 16, now 8; video.crf 16, now 20; 1 more"),
     ({"memory": {"dtype": "bf16", "attention": "math"}},
-     "memory.dtype fp32, not bf16; memory.attention auto, not math; another encoder of prompt; 2 more"),
+     "memory.dtype fp32, now bf16; memory.attention auto, now math; another encoder of prompt; 2 more"),
     ({"prompt": "a dog"}, "another prompt"),
     ({"negative": "rain"}, "another negative"),
-    ({"text": {"max_tokens": 512}}, "text.max_tokens 256, not 512"),
+    ({"text": {"max_tokens": 512}}, "text.max_tokens 256, now 512"),
     ({"inject": []}, "another inject"),
     ({"inject": [{"prompt": "a bird"}]}, "another inject.0.prompt"),
-    ({"inject": [{"blocks": "1-2"}]}, "another inject.0.blocks"),
-    ({"inject": [{"strength": 0.5}]}, "another inject.0.strength"),
-    ({"inject": [{"steps": 0}]}, "another inject.0.steps"),
+    ({"inject": [{"blocks": "1-2"}]}, "inject.0.blocks 0-3, now 1-2"),
+    ({"inject": [{"strength": 0.5}]}, "inject.0.strength 0.6, now 0.5"),
+    ({"inject": [{"steps": 0}]}, "inject.0.steps 0-1, now 0"),
     ({"inject": [{"branch": "both", "blend": "output-mix", "gain": 2}]},
-     "inject.0.branch cond, not cond+uncond; inject.0.blend context-lerp, not output-mix; "
-     "inject.0.gain 1.0, not 2.0"),
+     "inject.0.branch cond, now cond+uncond; inject.0.blend context-lerp, now output-mix; "
+     "inject.0.gain 1.0, now 2.0"),
     ({"inject": [{"frames": "1-4", "region": [0, 0, 0.5, 1], "feather": 0.1}], "frames": 5},
-     "frames 1, not 5; inject.0.frames all, not 1-4; inject.0.region all, not [0, 0, 0.5, 1]; 1 more"),
+     "frames 1, now 5; inject.0.frames all, now 1-4; inject.0.region all, now [0, 0, 0.5, 1]; 1 more"),
     ({"inject": [{"mask": "mask.png"}]}, "another inject.0.mask"),
 ]  # fmt: skip
 

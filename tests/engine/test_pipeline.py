@@ -126,7 +126,7 @@ def test_a_video_of_another_seed_blocks_the_shot_and_force_moves_it_aside(
     first = (tmp_path / "out" / "clip.mp4").read_bytes()
     result = render(seed=1)
     assert result.code == 2
-    assert "out/clip.mp4: already exists: made with seed 0, not 1" in result.err
+    assert "out/clip.mp4: already exists: made with seed 0, now 1" in result.err
     assert render("--force", seed=1).code == 0
     second = (tmp_path / "out" / "clip.mp4").read_bytes()
     assert render("--force", seed=1).code == 0

@@ -90,4 +90,4 @@ def test_check_names_the_keys_that_differ(
     assert result.code == 4
     lines = [line for line in result.out.splitlines() if "another job, version or model: " in line]
     assert len(lines) == 2  # the manifest and the latent
-    assert all(line.endswith("made with seed 1, not 5") for line in lines)
+    assert all(line.endswith("made with seed 1, now 5") for line in lines)

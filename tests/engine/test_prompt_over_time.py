@@ -68,9 +68,9 @@ def test_the_record_makes_the_same_shot_again(
     ("changed", "expected"),
     [
         (CAT, "another prompt"),
-        ([{"text": CAT, "frames": "0-3"}, {"text": FISH, "frames": 4}], "prompt.0.frames 0-0, not 0-3"),
+        ([{"text": CAT, "frames": "0-3"}, {"text": FISH, "frames": 4}], "prompt.0.frames 0-0, now 0-3"),
         ([{"text": CAT, "frames": 0}, {"text": CAT, "frames": "1-4"}], "another prompt.1.text"),
-        (BLENDS["crossfade"], "prompt.blend cut, not crossfade; prompt.fade 0, not 2"),
+        (BLENDS["crossfade"], "prompt.blend cut, now crossfade; prompt.fade 0, now 2"),
     ],
 )
 def test_a_difference_is_named_by_its_key(

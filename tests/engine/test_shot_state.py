@@ -112,7 +112,7 @@ def test_a_stopped_batch_says_what_is_saved_and_how_to_resume(
     said = stopped(rendered, 4, number)("--json")
     assert said.code == code
     assert said.err.splitlines() == [
-        f"wancli: stopped by {number.name}; 1 shot is saved in progress, 1 not started",
+        f"wancli: stopped by {number.name}; 1 shot is saved in progress, 1 not started; 1 of 3 done",
         f"  resume: wancli render {tmp_path}/job.yaml -q --json",
     ]
     expected = ["rendered", "stopped", "not started"]
@@ -198,7 +198,9 @@ def test_a_stop_while_encoding_keeps_the_encoded_prompts(
         forbid_calls(patched, (WanModel, "predict_velocities"))
         said = rendered()
     assert said.code == 75
-    assert said.err.startswith("wancli: stopped by SIGTERM; 0 shots are saved in progress, 3 not started\n")
+    assert said.err.startswith(
+        "wancli: stopped by SIGTERM; 0 shots are saved in progress, 3 not started; 0 of 3 done\n"
+    )
     assert len({*kept} & {*prompts}) == 2
     assert rendered().code == 0
     assert sorted(kept) == prompts

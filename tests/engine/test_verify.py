@@ -178,7 +178,7 @@ def test_a_job_is_checked_against_what_it_says_now(copy: Path, capsys: pytest.Ca
     code, found = check("--set", "sampler.steps=3", "--items", "0")
     problems = {Path(entry["path"]).name: entry["problem"] for entry in found["problems"]}
     assert code == 4
-    differs = "another job, version or model: made with sampler.steps 2, not 3"
+    differs = "another job, version or model: made with sampler.steps 2, now 3"
     assert problems["s0.manifest.json"] == f"made by {differs}"
     assert problems["s0.latents.safetensors"] == f"the latent of {differs}"
 

@@ -143,7 +143,7 @@ def test_a_rendered_shot_records_its_emphasis_and_is_made_again(
     assert describe_record(record, again) == ""
     job = tiny_job(model=Path(record.model.root), **keys, emphasis=[entries[0] | {"weight": 2.0}, entries[1]])
     changed = planning.build_plan(load(write_job(tmp_path, job)), warm / "h.json").shots[0]
-    assert describe_record(record, changed) == "made with emphasis.0.weight 3, not 2"
+    assert describe_record(record, changed) == "made with emphasis.0.weight 3, now 2"
 
 
 def test_compared_shots_with_emphasis_get_the_plain_shot_beside_them(decide: Callable[..., Plan]) -> None:

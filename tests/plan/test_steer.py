@@ -241,6 +241,6 @@ def test_a_rendered_shot_is_steered_recorded_and_made_again(
     job["steer"][1]["region"] = [0, 0, 0.5, 1]
     changed = planning.build_plan(load(write_job(tmp_path, job)), warm / "h.json").shots[0]
     assert describe_record(record, changed) == (
-        "made with steer.1.region [0.5, 0, 1, 1], not [0, 0, 0.5, 1]; "
-        "another steer.0.away; another steer.0.strength"
+        "made with steer.0.strength 1.5, now 2; steer.1.region [0.5, 0, 1, 1], now [0, 0, 0.5, 1]; "
+        "another steer.0.away"
     )

@@ -135,5 +135,5 @@ def test_a_rendered_shot_records_words_and_nag_and_is_made_again(
     job = tiny_job(model=Path(record.model.root), frames=5, sampler=guidance, inject=rules)
     changed = planning.build_plan(load(write_job(tmp_path, job)), warm / "h.json").shots[0]
     assert (
-        describe_record(record, changed) == "made with inject.0.words a fog, not and; inject.1.tau 3, not 3.5"
+        describe_record(record, changed) == "made with inject.0.words a fog, now and; inject.1.tau 3, now 3.5"
     )

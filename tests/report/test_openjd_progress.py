@@ -86,7 +86,10 @@ def test_being_stopped_is_not_a_failure(
     result = render("--progress", "openjd", sampler={"steps": 4})
     told = read_messages(result.out)
     assert result.code == 75
-    assert told[-1] == ("status", "stopped by SIGTERM; 1 shot is saved in progress, 0 not started")
+    assert told[-1] == (
+        "status",
+        "stopped by SIGTERM; 1 shot is saved in progress, 0 not started; 0 of 1 done",
+    )
     assert "fail" not in [kind for kind, _ in told]
 
 

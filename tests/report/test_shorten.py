@@ -57,10 +57,10 @@ def test_a_plan_in_80_columns_shows_shared_values_once_and_cuts_no_name(
     ).out
     alike, heads, *shots = lines.splitlines()[1:5]
     assert alike == "all: size 64x64, frames 1, tokens 16, solver unipc, steps 2, shift 5, guidance 5"
-    assert heads.split() == ["shot", "seed", "state"]
+    assert heads.split() == ["#", "shot", "seed", "state"]
     assert [shot.split() for shot in shots] == [
-        [items[0]["id"], "123456789", "to", "do"],
-        [items[1]["id"], "7", "to", "do"],
+        ["0", items[0]["id"], "123456789", "to", "do"],
+        ["1", items[1]["id"], "7", "to", "do"],
     ]
 
 
@@ -85,12 +85,13 @@ def test_a_plan_in_80_columns_shows_the_pictures_of_its_shots(
     ]
     job = tiny_job(model, output="{id}.mp4", frames=5, items=items) | {"size": {"area": 4096}}
     lines = run_wancli(capsys, "plan", write_job(tmp_path, job)).out.splitlines()
-    heads = next(n for n, line in enumerate(lines) if line.startswith("shot"))
-    assert lines[heads].split() == ["shot", "image", "state"]
+    heads = next(n for n, line in enumerate(lines) if line.startswith("#"))
+    assert lines[heads].split() == ["#", "shot", "image", "state"]
     rows = [line.split("  ") for line in lines[heads + 1 : heads + 4]]
     shown = [[cell.strip() for cell in row if cell.strip()] for row in rows]
-    assert [len(row) for row in shown] == [3, 3, 3]
-    assert len({row[1] for row in shown}) == 3
+    assert [row[1] for row in shown] == [item["id"] for item in items]
+    assert [len(row) for row in shown] == [4, 4, 4]
+    assert len({row[2] for row in shown}) == 3
     assert all(len(line) <= 80 for line in lines[heads : heads + 4])
     job["items"] = [
         {"id": "a", "image": photo.format("night", 1)},
@@ -98,8 +99,8 @@ def test_a_plan_in_80_columns_shows_the_pictures_of_its_shots(
     ]
     lines = run_wancli(capsys, "plan", write_job(tmp_path, job)).out.splitlines()
     assert [" ".join(line.split()) for line in lines if line.endswith("to do")][:2] == [
-        "a a-photo-with-a-rather-long-name-1.png to do",
-        "b a-photo-with-a-rather-long-name-2.png to do",
+        "0 a a-photo-with-a-rather-long-name-1.png to do",
+        "1 b a-photo-with-a-rather-long-name-2.png to do",
     ]
     job["items"] = [
         {"id": "a", "image": photo.format("night", 1)},
@@ -107,6 +108,6 @@ def test_a_plan_in_80_columns_shows_the_pictures_of_its_shots(
     ]
     lines = run_wancli(capsys, "plan", write_job(tmp_path, job)).out.splitlines()
     assert [" ".join(line.split()) for line in lines if line.endswith("to do")][:2] == [
-        "a night/a-photo-with-a-rather-long-name-1.png to do",
-        "b noon/a-photo-with-a-rather-long-name-1.png to do",
+        "0 a night/a-photo-with-a-rather-long-name-1.png to do",
+        "1 b noon/a-photo-with-a-rather-long-name-1.png to do",
     ]

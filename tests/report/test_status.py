@@ -101,6 +101,15 @@ def test_the_videos_of_a_job_that_was_edited_since_are_in_the_way_and_take_no_ti
     assert render(**CHANGES).code == 0
     edited = ("--set", "sampler.shift=4")
     assert [shot["state"] for shot in states(*edited).values()] == ["in the way"] * 3
+    reason = "made with sampler.shift 5.0, now 4.0"
+    assert [shot["why"] for shot in states(*edited).values()] == [reason] * 3
+    told = {
+        asked: run_wancli(capsys, asked, tmp_path / "job.yaml", "--cache-dir", warm, *edited).out
+        for asked in ("status", "plan")
+    }
+    assert f"    0 a  already exists  {reason}\n" in told["status"]
+    assert f"0-2 already exists: {reason}\n" in told["plan"]
+    assert re.search(r"\n0  a +\d+ +already exists", told["plan"])
     for asked in ("status", "plan"):
         result = run_wancli(capsys, asked, tmp_path / "job.yaml", "--json", "--cache-dir", warm, *edited)
         assert json.loads(result.out)["time"]["seconds"] == 0
@@ -139,7 +148,7 @@ def test_a_claim_that_is_torn_is_a_claim(
     claim.parent.mkdir(parents=True)
     claim.write_text(content)
     result = run_wancli(capsys, "status", job)
-    assert (result.code, "1 claimed" in result.out) == (0, True)
+    assert (result.code, "1 rendering" in result.out) == (0, True)
     assert ("by far:7" if "far" in content else "by unknown:0") in result.out
 
 
@@ -184,6 +193,32 @@ def test_steps_that_are_on_disk_need_no_time_any_more(
     assert 0 < begun < left() == pytest.approx(fresh)
 
 
+def test_a_watch_shows_the_status_again_until_nothing_is_left_to_do(
+    capsys: pytest.CaptureFixture[str], shallow: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = write_job(tmp_path, tiny_job(shallow, **CHANGES))
+    found = [{"done": done, "to do": 3 - done} for done in (0, 2, 3)]
+    real = status.status_document
+
+    def look(*arguments: Any) -> dict[str, Any]:
+        document = real(*arguments)
+        return document | {"counts": document["counts"] | found.pop(0)}
+
+    naps: list[float] = []
+    monkeypatch.setattr(status, "status_document", look)
+    monkeypatch.setattr("wancli.commands.status.time.sleep", naps.append)
+    result = run_wancli(capsys, "status", job, "--watch")
+    told = [line for line in result.out.splitlines() if line.startswith("job, 3 shots")]
+    assert told == [
+        "job, 3 shots: 3 to do",
+        "job, 3 shots: 2 done, 1 to do",
+        "job, 3 shots: 3 done",
+    ]
+    assert (result.code, found, len(naps)) == (0, [], 2)
+    refused = run_wancli(capsys, "status", job, "--watch", "--json")
+    assert (refused.code, refused.out) == (2, "")
+
+
 @pytest.fixture
 def tokyo(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setenv("TZ", "Asia/Tokyo")
@@ -212,6 +247,7 @@ def test_a_thousand_shots_are_a_screen_of_80_columns() -> None:
             "claim": {"host": "node-17.farm.example.org", "pid": 12345, "since": "2026-11-23T09:00:00+00:00"}
             if state == "claimed"
             else None,
+            "why": "made with inject.0.strength 0.9, now 0.6" if state == "in the way" else "",
             "error": errors.get(state),
         }
 
@@ -220,12 +256,14 @@ def test_a_thousand_shots_are_a_screen_of_80_columns() -> None:
     document = {"job": "sweep", "counts": counts, "shots": rows, "time": {"seconds": 7300}}
     shown = [*status.format_status(document, datetime(2026, 11, 23, 10, 3, tzinfo=UTC))]
     assert len(shown) < 25
-    assert shown[0].startswith("sweep, 1,000 shots: 13 done, 13 claimed, 13 half done")
+    assert shown[0].startswith("sweep, 1,000 shots: 13 done, 13 rendering, 13 half done")
     assert shown[1] == "done by manifest and size alone; `wancli check` reads the videos"
     assert shown[2].startswith("time left: about 2.0 h")
     assert all(cell_len(line) <= 80 for line in shown[1:]), max(shown[1:], key=cell_len)
-    assert "claimed        by node-17:12345 since 18:00:00 JST;" in shown[3]
-    assert shown[-2] == "      and 56 more; --json lists all"
+    assert shown[3] == "    1 001-猫-a-very-long-name-of-a-shot  rendering"
+    assert shown[4] == "        by node-17:12345 since 2026-11-23 18:00:00 JST; step 3 of 50,"
+    assert shown[5] == "        saved 3 min 0 s ago"
+    assert shown[-2] == "      and 69 more; --json lists all"
     assert re.match(r"to do: 7,15,23", shown[-1])
 
 
@@ -234,7 +272,7 @@ def test_it_needs_no_torch(tmp_path: Path, quick: Path) -> None:
     program = f"import sys; from wancli.cli import run; run(['status', {str(job)!r}])"
     program += "; print('torch' in sys.modules)"
     result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
-    assert result.stdout.splitlines()[-2:] == ["to do: 0-2", "False"]
+    assert result.stdout.splitlines()[-2:] == ["to do: 0-2 (a, b, c)", "False"]
 
 
 def test_a_state_that_goes_while_it_is_looked_at_is_no_error(

@@ -46,20 +46,20 @@ def plan_command(
     budget = None if memory is None else parse_size(memory, "--memory")
     plan = plan_job(load_job(job, changes.flags), cache_dir, budget=budget)
     store, known = open_store(cache_dir), throughput.read_rates(rates_path(cache_dir))
-    states = plan_document.output_states(plan.shots)
+    outputs = plan_document.output_states(plan.shots)
     if as_json:
-        print_json(plan_document.plan_document(plan, states, store, known))
+        print_json(plan_document.plan_document(plan, outputs, store, known))
     else:
         tables = plan_tables.format_plan(
-            plan, states, store, known, verbose=verbose, others=budget is not None
+            plan, outputs, store, known, verbose=verbose, others=budget is not None
         )
         terminal.show(tables)
         missing = preflight.missing_capabilities(plan.shots)
-        unreadable = plan_document.unreadable_outputs(plan.shots, states)
+        unreadable = plan_document.unreadable_outputs(plan.shots, outputs)
         for warning in (*plan.warnings, *missing, *unreadable):
             print(make_printable(f"wancli: warning: {warning}"), file=sys.stderr)
-    for shot, found in zip(plan.shots, states):
-        if found != "done":
+    for shot, found in zip(plan.shots, outputs):
+        if found.state != "done":
             encoded = all(text["cached"] for text in plan_document.prompt_rows([shot], store))
             memory_policy.require(shot, plan.schedule.placement(shot), encoded=encoded)
     return ExitStatus.OK

@@ -48,9 +48,11 @@ def track_outcomes(
     Raises at the end what `render` raises there.
     """
     pending = {shot.index for shot in todo}
-    stopped = failures = 0
+    stopped = failures = done = total = 0
     elsewhere: list[Shot] = []
     for outcome in outcomes:
+        total += 1
+        done += outcome.status in ("rendered", "already done")
         stopped += outcome.status == "stopped"
         failures += outcome.status == "failed" and not outcome.follows_failure
         elsewhere += [outcome.shot] if outcome.status == "elsewhere" else []
@@ -61,7 +63,8 @@ def track_outcomes(
     if (context.stop.reason and (unfinished or elsewhere)) or (unfinished and not failures):
         others = f", {len(elsewhere)} claimed by other workers" if elsewhere else ""
         raise context.stop.error(
-            f"{_shots_are(stopped)} saved in progress, {len(pending)} not started{others}"
+            f"{_shots_are(stopped)} saved in progress, {len(pending)} not started{others}; "
+            f"{done} of {total + len(pending)} done"
         )
     if elsewhere and context.claims and not failures:
         raise ClaimedElsewhere(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 from wancli.errors import EntryError
 from wancli.injection.area import Area
@@ -15,6 +15,7 @@ from wancli.storage import manifest
 from wancli.storage.injection_schema import AreaRecord, RuleRecord, SteerRecord
 from wancli.storage.manifest_schema import ShotRecord
 from wancli.storage.prompt_schema import InjectedPictureRecord, PromptRecord, TimelineRecord
+from wancli.units import format_ranges
 
 Difference = tuple[str, str, str]  # a key, the recorded and the new value; both empty if too long for a line
 
@@ -31,10 +32,11 @@ _SHOT_FIELDS = {  # a key of a job, and its name in records and shots
     "memory.decode_chunk": "decode_chunk",
 }
 _MAX_NAMED = 3  # keys
+_MAX_VALUE = 24  # characters of a value that is named
 
 
 def describe_differences(shot: Shot) -> str:
-    """Describe how the video differs: `made with seed 1, not 5; another inject.0.blocks`.
+    """Describe how the video differs: `made with seed 1, now 5; another inject.0.image`.
 
     Returns an empty text if there is no manifest, or if it is damaged or of another version.
     """
@@ -48,7 +50,7 @@ def describe_differences(shot: Shot) -> str:
 def describe_record(record: ShotRecord, shot: Shot) -> str:
     """Describe how a recorded shot differs from this one; empty if by no key."""
     differences = list(dict.fromkeys(_diff(record, shot)))
-    named = [f"{key} {recorded}, not {new}" for key, recorded, new in differences if recorded]
+    named = [f"{key} {recorded}, now {new}" for key, recorded, new in differences if recorded]
     named += [f"another {key}" for key, recorded, _ in differences if not recorded]
     rest = [f"{len(named) - _MAX_NAMED} more"] if len(named) > _MAX_NAMED else []
     return f"made with {'; '.join([*named[:_MAX_NAMED], *rest])}" if named else ""
@@ -163,9 +165,21 @@ def _diff_strengths(rule: str, old: RuleRecord | SteerRecord, new: Rule | SteerR
         ("steps", "step_strength", old.steps, dict(new.steps)),
     ):
         if recorded.keys() != strengths.keys():
-            yield f"{rule}.{key}", "", ""
+            yield _name_both(f"{rule}.{key}", format_ranges([*recorded]), format_ranges([*strengths]))
         elif recorded != strengths:
-            yield f"{rule}.{strength_key}", "", ""
+            yield _name_both(f"{rule}.{strength_key}", _show_strength(recorded), _show_strength(strengths))
+
+
+def _name_both(key: str, old: str, new: str) -> Difference:
+    """Return a difference with both values if they are short and look different."""
+    short = 0 < len(old) <= _MAX_VALUE and 0 < len(new) <= _MAX_VALUE and old != new
+    return (key, old, new) if short else (key, "", "")
+
+
+def _show_strength(strengths: Mapping[int, float]) -> str:
+    """Show the strength of every block or step: one number, or the smallest and the largest."""
+    low, high = min(strengths.values(), default=0.0), max(strengths.values(), default=0.0)
+    return f"{low:g}" if low == high else f"{low:g} to {high:g}"
 
 
 def _diff_areas(key: str, old: AreaRecord | None, new: Area | None) -> Iterator[Difference]:

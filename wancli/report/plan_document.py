@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from wancli.engine import attention_stage, picture_stage, preflight
 from wancli.errors import EntryError, Unreadable
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 
 def plan_document(
-    plan: Plan, states: Sequence[str], store: Store, rates: Sequence[Rate] = ()
+    plan: Plan, outputs: Sequence[OutputState], store: Store, rates: Sequence[Rate] = ()
 ) -> dict[str, Any]:
     """Build `wancli plan --json`."""
     return {
@@ -42,7 +42,8 @@ def plan_document(
                 "labels": shot.labels,
                 "output": str(shot.output),
                 "key": shot.key,
-                "state": found,
+                "state": found.state,
+                "why": found.why,
                 "size": [shot.width, shot.height],
                 "frames": shot.frames,
                 "tokens": shot.tokens,
@@ -69,7 +70,7 @@ def plan_document(
                 ],
                 "attention": shot.attention and attention_stage.describe_spec(shot.attention),
             }
-            for shot, found in zip(plan.shots, states, strict=True)
+            for shot, found in zip(plan.shots, outputs, strict=True)
         ],
         "steps": count_steps(plan),
         "prompts": prompt_rows(plan.shots, store),
@@ -96,7 +97,7 @@ def plan_document(
             for option in alternatives.alternatives(shot)
         ],
         "time": estimate_time(
-            shots_to_render(plan.shots, states), store, rates, plan.schedule.shared_steps()
+            shots_to_render(plan.shots, outputs), store, rates, plan.schedule.shared_steps()
         ),
     }
 
@@ -167,31 +168,40 @@ def largest_shots(plan: Plan) -> list[Shot]:
     return [shot for _, shot in largest.values()]
 
 
-def output_states(shots: Iterable[Shot]) -> list[str]:
-    """Return the state of each output: `done`, `to do`, `damaged` (rendered again), `in the way` (needs
-    --force or another output), or `unreadable`. Reads every existing video."""
+class OutputState(NamedTuple):
+    """The state of an output: `done`, `to do`, `damaged` (rendered again), `in the way` (needs --force or
+    another output), or `unreadable`; and the reason, if there is one."""
+
+    state: str
+    why: str = ""
+
+
+def output_states(shots: Iterable[Shot]) -> list[OutputState]:
+    """Return the state of each output. Reads every existing video."""
     return [_output_state(shot) for shot in shots]
 
 
-def unreadable_outputs(shots: Sequence[Shot], states: Sequence[str]) -> Iterator[str]:
+def unreadable_outputs(shots: Sequence[Shot], outputs: Sequence[OutputState]) -> Iterator[str]:
     """Warn of the outputs that cannot be looked at."""
-    paths = [shot.output for shot, found in zip(shots, states, strict=True) if found == "unreadable"]
+    paths = [shot.output for shot, found in zip(shots, outputs, strict=True) if found.state == "unreadable"]
     if paths:
         others = f" and {len(paths) - 1:,} more" if len(paths) > 1 else ""
         yield f"{paths[0]}{others} cannot be looked at; `wancli status` says why, and `render` would fail"
 
 
-def _output_state(shot: Shot) -> str:
+def _output_state(shot: Shot) -> OutputState:
     try:
-        state = preflight.output_status(shot)[0]
-        return "to do" if state == "done" and preflight.lacks_measurements(shot) else state
-    except Unreadable:
-        return "unreadable"
+        state, why = preflight.output_status(shot)
+        if state == "done" and preflight.lacks_measurements(shot):
+            return OutputState("to do", "its video is done, without the measurements that the job asks for")
+        return OutputState(state, "" if state == "to do" else why)
+    except Unreadable as error:
+        return OutputState("unreadable", str(error))
 
 
-def shots_to_render(shots: Sequence[Shot], states: Sequence[str]) -> list[Shot]:
+def shots_to_render(shots: Sequence[Shot], outputs: Sequence[OutputState]) -> list[Shot]:
     """Return the shots that a render would make."""
-    return [shot for shot, found in zip(shots, states, strict=True) if found in ("to do", "damaged")]
+    return [shot for shot, found in zip(shots, outputs, strict=True) if found.state in ("to do", "damaged")]
 
 
 def prompt_rows(shots: Iterable[Shot], store: Store) -> list[dict[str, Any]]:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from wancli.plan import alternatives
 from wancli.progress import make_printable
 from wancli.report.plan_document import (
+    OutputState,
     count_steps,
     estimate_time,
     largest_shots,
@@ -20,7 +21,7 @@ from wancli.report.render_summary import build_memory_table
 from wancli.report.shorten import fit_columns
 from wancli.report.shot_text import describe_added_shots, format_lora, format_shot, name_given_pictures
 from wancli.report.terminal import create_table, state_text
-from wancli.units import format_seconds, pluralize
+from wancli.units import format_ranges, format_seconds, pluralize
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -36,15 +37,15 @@ MANY, HEAD, TAIL = 24, 8, 4  # a plan with more than MANY shots shows the first 
 
 def format_plan(
     plan: Plan,
-    states: Sequence[str],
+    outputs: Sequence[OutputState],
     store: Store,
     known: Sequence[Rate] = (),
     *,
     verbose: bool = False,
     others: bool = False,
 ) -> Iterator[RenderableType]:
-    """Format the shots and their `states`, the prompts to encode, the memory of the largest shot with its
-    reasons, and the time. With `others`, also format the memory of other settings."""
+    """Format the shots and the states of their `outputs`, the prompts to encode, the memory of the largest
+    shot with its reasons, and the time. With `others`, also format the memory of other settings."""
     for model in dict.fromkeys(shot.model for shot in plan.shots):
         sizes = model.checkpoint.transformer_config
         width = f"{sizes.num_layers} blocks of width {sizes.dim}"
@@ -55,15 +56,17 @@ def format_plan(
         yield f"{plan.name}: {model.checkpoint.name}, {width}, {runs}"
         if reason := model.checkpoint.variant_reason:
             yield f"variant: {model.checkpoint.variant.name}, {reason}"
-    hidden = range(HEAD, len(states) - TAIL) if len(states) > MANY and not verbose else range(0)
-    yield from _format_shots(plan.shots, states, hidden)
+    hidden = range(HEAD, len(outputs) - TAIL) if len(outputs) > MANY and not verbose else range(0)
+    yield from _format_shots(plan.shots, outputs, hidden)
+    yield from _format_reasons(plan.shots, outputs)
     if (sharing := max(plan.schedule.placement(shot).batch_size for shot in plan.shots)) > 1:
         yield f"\nup to {sharing} shots share each pass over the weights"
     steps = count_steps(plan)
     if steps["shared"]:
         taken = steps["all"] - steps["shared"]
         yield f"\nsampling {taken:,} of {steps['all']:,} steps; {steps['shared']:,} are shared"
-    if len(states) > 1:
+    if len(outputs) > 1:
+        states = [found.state for found in outputs]
         counts = ", ".join(
             f"{states.count(s):,} {state_text(s)}"
             for s in ("done", "to do", "damaged", "in the way", "unreadable")
@@ -79,7 +82,7 @@ def format_plan(
     prompts = prompt_rows(plan.shots, store)
     hits = sum(prompt["cached"] for prompt in prompts)
     yield f"\nprompts: {len(prompts)} distinct, {hits} in the cache, {len(prompts) - hits} to encode"
-    time = estimate_time(shots_to_render(plan.shots, states), store, known, plan.schedule.shared_steps())
+    time = estimate_time(shots_to_render(plan.shots, outputs), store, known, plan.schedule.shared_steps())
     yield build_memory_table(memory_rows(plan), time["phases"])
     for line in dict.fromkeys(line for shot in plan.shots for line in shot.model.residency_reasons):
         yield textwrap.fill(line, 80, subsequent_indent="  ")
@@ -92,19 +95,42 @@ def format_plan(
             yield "✓ fits, ✗ does not, [ ] chosen; without the text encoder: see encode above"
 
 
-def _format_shots(shots: Sequence[Shot], states: Sequence[str], hidden: range) -> Iterator[RenderableType]:
-    """Format a row for each shot. If the terminal is too narrow, values that all shots share are a line above
-    the table."""
+def _format_reasons(shots: Sequence[Shot], outputs: Sequence[OutputState]) -> Iterator[str]:
+    """Format why outputs are what they are: a line for each reason, with the numbers of its shots."""
+    reasons: dict[OutputState, list[int]] = {}
+    for shot, found in zip(shots, outputs, strict=True):
+        if found.why and found.state != "unreadable":  # these are warnings
+            reasons.setdefault(found, []).append(shot.index)
+    for found, indices in list(reasons.items())[:MANY]:
+        line = f"{format_ranges(indices)} {state_text(found.state)}: {make_printable(found.why)}"
+        yield textwrap.fill(line, 80, subsequent_indent="  ", break_on_hyphens=False)
+    if len(reasons) > MANY:
+        yield f"and {len(reasons) - MANY:,} more reasons; --json has all"
+
+
+def _format_shots(
+    shots: Sequence[Shot], outputs: Sequence[OutputState], hidden: range
+) -> Iterator[RenderableType]:
+    """Format a row for each shot, with its number if there are several. If the terminal is too narrow, values
+    that all shots share are a line above the table."""
     from rich.console import Console
 
     numbers = (">frames", ">tokens", ">seed", "solver", ">steps", ">shift", ">guidance")
     images = name_given_pictures(shots)
-    heads: Sequence[str] = ("shot", *(["image"] if any(images) else []), "size", *numbers, "state")
+    several = len(shots) > 1
+    first = [">#", "shot"] if several else ["shot"]
+    heads: Sequence[str] = (*first, *(["image"] if any(images) else []), "size", *numbers, "state")
     rows = [
-        [shot.id, *([image] if any(images) else []), *_shot_cells(shot), state_text(state)]
-        for shot, image, state in zip(shots, images, states, strict=True)
+        [
+            *([str(shot.index)] if several else []),
+            shot.id,
+            *([image] if any(images) else []),
+            *_shot_cells(shot),
+            state_text(found.state),
+        ]
+        for shot, image, found in zip(shots, images, outputs, strict=True)
     ]
-    line, heads, rows = fit_columns(heads, rows, Console().width, ("shot", "image"))
+    line, heads, rows = fit_columns(heads, rows, Console().width, ("image",))
     if line:
         yield line
     table = create_table(*heads)

@@ -14,12 +14,11 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from wancli.engine import preflight
+from wancli.engine import output_diff, preflight
 from wancli.errors import NoSuchFile, Unreadable
 from wancli.plan import throughput
 from wancli.report import batch_report, plan_document
-from wancli.report.shorten import shorten_unique
-from wancli.report.terminal import state_text, truncate
+from wancli.report.terminal import state_text, wrap
 from wancli.storage import claims, disk, manifest, tensor_file
 from wancli.storage.manifest_schema import SavedState, ShotRecord
 from wancli.units import format_moment, format_ranges, format_seconds, pluralize
@@ -32,7 +31,11 @@ if TYPE_CHECKING:
 
 SCHEMA = "wancli/status/1"
 STATES = ("done", "claimed", "half done", "latent only", "failed", "in the way", "unreadable", "to do")
-_LINES = 19  # shots that are shown one by one
+UNFINISHED = ("claimed", "half done", "latent only", "to do")  # states that a running render changes
+_LINES = 19  # of shots that are shown one by one
+_NAMED = 3  # shots to do that are named
+_SHOT_LINES = 4  # of a shot: a message can be long
+_INDENT = 8 * " "
 
 
 def status_document(plan: Plan, store: Store, rates: Sequence[Rate] = ()) -> dict[str, Any]:
@@ -56,12 +59,13 @@ def _look_at_shot(shot: Shot, error: Mapping[str, Any] | None) -> dict[str, Any]
     except Unreadable as why:
         about = {"index": shot.index, "id": shot.id, "labels": shot.labels, "path": str(shot.output)}
         about |= {"key": shot.key, "state": "unreadable", "step": 0, "steps": shot.steps}
-        return about | {"saved": None, "claim": None, "error": why.as_dict()}
+        return about | {"saved": None, "claim": None, "why": "", "error": why.as_dict()}
 
 
 def _shot_row(shot: Shot, error: Mapping[str, Any] | None) -> dict[str, Any]:
     about = {"index": shot.index, "id": shot.id, "labels": shot.labels, "path": str(shot.output)}
     progress: dict[str, Any] = {"step": 0, "steps": shot.steps, "saved": None, "claim": None, "error": None}
+    progress["why"] = ""
     holder = claims.find_holder(shot)
     progress["claim"] = asdict(holder) if holder else None
     if _looks_done(shot):
@@ -80,6 +84,7 @@ def _shot_row(shot: Shot, error: Mapping[str, Any] | None) -> dict[str, Any]:
         state = "claimed"
     elif _is_in_the_way(shot, has_latent=has_latent):
         state = "in the way"
+        progress["why"] = output_diff.describe_differences(shot)
     elif error:
         state = "failed"
     elif has_latent:
@@ -136,8 +141,6 @@ def _estimate_remaining(
 
 def format_status(status: Mapping[str, Any], now: datetime) -> Iterator[str]:
     """Format the status in 80 columns: counts, time, and the first of the shots that are not done."""
-    from rich.cells import cell_len, set_cell_size
-
     counts = [f"{n:,} {state_text(state)}" for state, n in status["counts"].items() if n]
     yield f"{status['job']}, {pluralize(len(status['shots']), 'shot')}: {', '.join(counts)}"
     if status["counts"]["done"]:
@@ -149,38 +152,53 @@ def format_status(status: Mapping[str, Any], now: datetime) -> Iterator[str]:
         yield f"time left: about {format_seconds(seconds)} for one worker, at the rates of earlier renders"
     order = {state: place for place, state in enumerate(STATES)}
     open_ones = [shot for shot in status["shots"] if shot["state"] not in ("done", "to do")]
-    shown = sorted(open_ones, key=lambda shot: order[shot["state"]])
-    descriptions = [_describe_shot(shot, now) for shot in shown[:_LINES]]
-    names = shorten_unique([shot["id"] for shot in shown[:_LINES]], 20 if any(descriptions) else 60)
-    width = max([20, *map(cell_len, names)])
-    for shot, name, about in zip(shown, names, descriptions):
-        line = f"{shot['index']:>5} {set_cell_size(name, width)} {state_text(shot['state']):<14} {about}"
-        yield truncate(line.rstrip(), 80)
-    if len(shown) > _LINES:
-        yield f"      and {len(shown) - _LINES:,} more; --json lists all"
-    if todo := [shot["index"] for shot in status["shots"] if shot["state"] == "to do"]:
-        yield truncate(f"to do: {format_ranges(todo)}", 80)
+    listed: list[str] = []
+    hidden = 0
+    for shot in sorted(open_ones, key=lambda shot: order[shot["state"]]):
+        lines = _format_shot(shot, now)
+        if hidden or len(listed) + len(lines) > _LINES:
+            hidden += 1
+        else:
+            listed += lines
+    yield from listed
+    if hidden:
+        yield f"      and {hidden:,} more; --json lists all"
+    if todo := [shot for shot in status["shots"] if shot["state"] == "to do"]:
+        names = f" ({', '.join(shot['id'] for shot in todo)})" if len(todo) <= _NAMED else ""
+        yield from wrap(f"to do: {format_ranges([shot['index'] for shot in todo])}{names}", "  ")
 
 
-def _describe_claim(claim: Mapping[str, Any], now: datetime) -> str:
+def _format_shot(shot: Mapping[str, Any], now: datetime) -> list[str]:
+    """Format the number, name and state of a shot, and what is known of it on the same line or below."""
+    line = f"{shot['index']:>5} {shot['id']}  {state_text(shot['state'])}"
+    about = _describe_shot(shot, now)
+    whole = wrap(f"{line}  {about}".rstrip(), _INDENT)
+    if len(whole) == 1:
+        return whole
+    return [*wrap(line, _INDENT), *wrap(f"{_INDENT}{about}", _INDENT)][:_SHOT_LINES]
+
+
+def _describe_claim(claim: Mapping[str, Any]) -> str:
     worker = f"by {claim['host'].partition('.')[0]}:{claim['pid']}"
     try:
         since = datetime.fromisoformat(claim["since"]).astimezone(UTC)
     except (ValueError, OverflowError):  # of a claim that cannot be read, or is another program's
         return worker
-    return f"{worker} since {format_moment(since, now)}"
+    return f"{worker} since {format_moment(since)}"
 
 
 def _describe_shot(shot: Mapping[str, Any], now: datetime) -> str:
     parts = []
     if claim := shot["claim"]:
-        parts.append(_describe_claim(claim, now))
+        parts.append(_describe_claim(claim))
     if shot["saved"]:
         age = (now - datetime.fromisoformat(shot["saved"])).total_seconds()
         parts.append(f"step {shot['step']} of {shot['steps']}, saved {format_seconds(max(0.0, age))} ago")
     if shot["state"] == "unreadable":
         reason = shot["error"]["message"].removeprefix("cannot be read: ")
         parts.append(f"{Path(shot['error']['where']).name}: {reason}")
+    if shot["why"]:
+        parts.append(shot["why"])
     if shot["state"] == "failed":
         parts.append(shot["error"]["message"].partition("\n")[0])
     return "; ".join(parts)

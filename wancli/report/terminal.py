@@ -17,7 +17,11 @@ if TYPE_CHECKING:
 NARROW, WIDE = 60, 1000  # columns: below NARROW, cells would be folded letter by letter
 BAR_LEVELS = " ▁▂▃▄▅▆▇█"
 # States of shots, as JSON documents have them, for people.
-_STATE_TEXTS = {"in the way": "already exists", "elsewhere": "claimed by another worker"}
+_STATE_TEXTS = {
+    "in the way": "already exists",
+    "elsewhere": "claimed by another worker",
+    "claimed": "rendering",
+}
 
 
 def state_text(state: str) -> str:
@@ -72,6 +76,16 @@ def draw_ruler(depth: int) -> str:
 def draw_bar(shares: Iterable[float]) -> str:
     """Draw one character per block, from · for 0 to a full block for 1."""
     return "".join("·" if share == 0 else BAR_LEVELS[max(1, round(share * 8))] for share in shares)
+
+
+def wrap(text: str, indent: str) -> list[str]:
+    """Break a text into lines of 80 cells, between words where possible; later lines are indented."""
+    from rich.console import Console
+    from rich.text import Text
+
+    width = 80 - len(indent)
+    first, *rest = Text(make_printable(text)).wrap(Console(width=width), width)
+    return [first.plain.rstrip(), *(f"{indent}{line.plain.rstrip()}" for line in rest)]
 
 
 def truncate(text: str, limit: int) -> str:

@@ -12,7 +12,7 @@ from PIL import Image
 
 from wancli.job.loader import load
 from wancli.plan.planner import build_plan
-from wancli.report.html import page_data
+from wancli.report.html.injection_entries import injected_shares
 from wancli.report.html.rerun_job import build_job
 from wancli.storage import manifest
 
@@ -54,5 +54,5 @@ def test_the_record_of_a_rule_in_an_area_makes_the_same_shot_again(
         load(write_job(tmp_path, build_job(record, "again.mp4"), "again.yaml")), warm / "h.json"
     )
     assert again.shots[0].key == record.key
-    shares = page_data.injected_shares(record)
+    shares = injected_shares(record)
     assert [row["blocks"] for row in shares if row["branch"] == "cond"] == [[0.6, 0.6, 0.6, 0]]

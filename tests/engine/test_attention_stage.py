@@ -240,7 +240,7 @@ def test_plan_shows_rows_groups_and_what_recording_adds(
     job = tiny_job(known, **SAID)
     said = run_wancli(capsys, "plan", write_job(tmp_path, job), "-v")
     shown = " ".join(said.out.split())
-    assert re.search(r"attention cat \(rows 7-8\), sunlit garden \(17-23\) blocks all \| 0, 3", shown)
+    assert re.search(r"attention cat \(rows 7-8\), sunlit garden \(rows 17-23\) blocks all \| 0, 3", shown)
     document = json.loads(run_wancli(capsys, "plan", tmp_path / "job.yaml", "--json").out)
     assert document["shots"][0]["attention"]["rows"] == [[7, 8], [*range(17, 24)]]
     plain = {key: value for key, value in job.items() if key != "attention"}

@@ -14,7 +14,7 @@ from wancli.engine.output_diff import describe_record
 from wancli.job.loader import load
 from wancli.plan.planner import build_plan
 from wancli.plan.shot import Shot
-from wancli.report.html import page_data
+from wancli.report.html.injection_entries import injected_shares
 from wancli.report.html.rerun_job import build_job
 from wancli.storage import manifest
 
@@ -60,7 +60,7 @@ def test_the_record_makes_the_same_shot_again(
     assert record.injection[0].hits == record.injection[0].planned == 2
     again = decide(build_job(record, "again.mp4"))
     assert (again.key, describe_record(record, again)) == (record.key, "")
-    shares = page_data.injected_shares(record)
+    shares = injected_shares(record)
     assert [row["blocks"] for row in shares if row["branch"] == "cond"] == [[0.6, 0, 0, 0]]
 
 

@@ -426,6 +426,12 @@ def test_the_same_output_by_two_paths_is_one_output(decide: Callable[..., Plan],
     assert problem.startswith(":11: items.1.output: shots 0 and 1 would both write ")
 
 
+def test_a_video_named_like_the_attention_maps_of_another_is_refused(decide: Callable[..., Plan]) -> None:
+    items = [{"output": "x.mp4", "attention": {"words": ["cat"]}}, {"output": "X.attention.mp4"}]
+    (problem,) = problems(decide, items=items)
+    assert problem.startswith(":14: items.1.output: the attention maps of shot 0 would be written over")
+
+
 # ---- what is refused ----
 
 

@@ -16,7 +16,7 @@ from wancli.job.loader import load
 from wancli.plan import planner as planning
 from wancli.plan.render_plan import Plan
 from wancli.report.html.rerun_job import build_job
-from wancli.report.shot_text import describe_rule
+from wancli.report.shot_text import format_rule
 from wancli.storage import manifest
 
 FOG = "a fog and a fog"
@@ -80,7 +80,7 @@ def test_nag_is_a_part_of_a_cell_that_counts_as_much_as_its_strength(decide: Cal
     main, away, fog = Text(shot.prompt.id), Text(shot.rules[0].text), Text(shot.rules[1].text)
     cell = shot.table.row(0, "cond")[7]
     assert cell == ((Lerp(main, fog, 0.2), 1.0), (Nag(away, 11.0, 0.25, 2.5), 0.5))
-    assert describe_rule(shot, 0).endswith("away from it: scale 11, alpha 0.25, tau 2.5")
+    assert [*format_rule(shot, 0)][1] == "    away from it  scale 11, alpha 0.25, tau 2.5"
     other = decide(rule(blend="nag", strength=0.5, blocks=7, tau=3.5)).shots[0]
     assert other.rules[0].nag == (11.0, 0.25, 3.5)
 

@@ -28,6 +28,7 @@ from jobs import (
     tiny_job,
     write_job,
 )
+from PIL import Image
 from plain_video import plain_video as plain
 
 from wancli.engine import pipeline
@@ -35,6 +36,8 @@ from wancli.engine.context import RenderContext
 from wancli.errors import FfmpegError, NotFinite, Stopped
 from wancli.progress import Progress
 from wancli.report import comparison, comparison_metrics
+from wancli.report.comparison_areas import find_inside
+from wancli.storage import manifest
 from wancli.video import clip, contact_sheet, metrics, mp4
 
 FFMPEG = imageio_ffmpeg.get_ffmpeg_exe()
@@ -516,11 +519,17 @@ def test_what_is_done_is_compared_also_where_so_many_failed_that_it_was_enough(
 def test_the_area_of_a_rule_is_scored_apart_from_the_rest(
     render: Callable[..., CommandResult], tmp_path: Path
 ) -> None:
-    """Of a rule for the right half of frames 1 to 4, and of one for the whole video."""
+    """Of a rule for the right half of frames 1 to 4, of one with a mask of it, and of one for the whole
+    video.
+    """
     right = rule(blocks="all", region=[0.5, 0, 1, 1], frames="1-4")
+    mask = tmp_path / "right.png"
+    Image.fromarray(np.repeat(np.array([[0, 255]], np.uint8), 2, axis=0)).save(mask)
+    masked = rule(blocks="all", mask=str(mask), frames="1-4")
     items = [
         {"id": "plain"},
         {"id": "right", "inject": [right]},
+        {"id": "masked", "inject": [masked]},
         {"id": "all", "inject": [rule(blocks="all")]},
     ]
     assert render(output="out/{id}.mp4", frames=5, items=items, compare=True).code == 0
@@ -537,3 +546,7 @@ def test_the_area_of_a_rule_is_scored_apart_from_the_rest(
     for key, where in (("psnr_inside", inside), ("psnr_outside", ~inside)):
         expected = 10 * math.log10(255**2 / squares[where].mean())
         assert rows["right"][key] == pytest.approx(expected, abs=1e-3)
+        assert rows["masked"][key] == rows["right"][key]
+    Image.new("L", (2, 2), 255).save(mask)  # another mask than that of the render
+    body = manifest.read(tmp_path / "out/masked.manifest.json")
+    assert find_inside(body) is None

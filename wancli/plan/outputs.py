@@ -76,7 +76,7 @@ def refuse_collisions(shots: Sequence[Shot], jobs: JobFile) -> None:
     """Raise JobError if two shots share a path, even on file systems that fold case or Unicode forms."""
     seen: dict[str, Shot] = {}
     for shot in shots:
-        folded = unicodedata.normalize("NFC", str(shot.output)).casefold()
+        folded = _fold(shot.output)
         if other := seen.get(folded):
             raise JobError(
                 f"shots {other.index} and {shot.index} would both write {shot.output}",
@@ -84,3 +84,16 @@ def refuse_collisions(shots: Sequence[Shot], jobs: JobFile) -> None:
                 hint="Put {item}, {id} or {seed} into the output template.",
             )
         seen[folded] = shot
+    for shot in (shot for shot in shots if shot.attention):
+        if other := seen.get(_fold(shot.attention_video)):
+            raise JobError(
+                f"the attention maps of shot {shot.index} would be written over the video of "
+                f"shot {other.index}, {shot.attention_video}",
+                where=jobs.items[other.index].location("output"),
+                hint="Names that end in .attention.mp4 are those of attention maps.",
+            )
+
+
+def _fold(path: Path) -> str:
+    """Return what a file system that folds case and Unicode forms makes of a path."""
+    return unicodedata.normalize("NFC", str(path)).casefold()

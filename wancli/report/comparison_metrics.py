@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from wancli.engine.manifest_body import load_latent
 from wancli.errors import EntryError, Unreadable
@@ -15,6 +15,9 @@ from wancli.storage.report_schema import COMPARISON_SCHEMA as SCHEMA
 from wancli.storage.report_schema import ComparisonRecord
 from wancli.video import metrics
 from wancli.video.clip import Clip
+
+if TYPE_CHECKING:
+    from wancli.report.comparison_areas import Inside
 
 JsonObject: TypeAlias = dict[str, Any]
 NO_BASELINE = "no figures: no shot differs in the injection alone"
@@ -124,7 +127,8 @@ def _baseline_row(one: Clip, motion: float | None) -> JsonObject:
 
 
 def _compared_row(one: Clip, baseline: Clip, baseline_motion: float | None) -> JsonObject:
-    like, motion = _compare_pixels(one, baseline)
+    inside = find_inside(one.manifest_body)
+    like, motion = _compare_pixels(one, baseline, inside)
     distance, source = _latent_distance(one, baseline)
     why = {} if distance is not None else {"latent_distance": source}
     if motion is None:
@@ -155,7 +159,7 @@ def _compared_row(one: Clip, baseline: Clip, baseline_motion: float | None) -> J
     if like.ssim is None:
         why["ssim"] = f"smaller than {metrics.WINDOW}x{metrics.WINDOW}"
     height, width = like.heatmap_YX.shape
-    if find_inside(one.manifest_body):
+    if inside:
         row |= {"psnr_inside": _round(like.psnr_inside), "psnr_outside": _round(like.psnr_outside)}
         why |= {key: "no pixel differs there" for key in ("psnr_inside", "psnr_outside") if row[key] is None}
     return row | {
@@ -170,13 +174,15 @@ def _compared_row(one: Clip, baseline: Clip, baseline_motion: float | None) -> J
     }
 
 
-def _compare_pixels(one: Clip, baseline: Clip) -> tuple[metrics.FrameMetrics | None, float | None]:
+def _compare_pixels(
+    one: Clip, baseline: Clip, inside: Inside | None
+) -> tuple[metrics.FrameMetrics | None, float | None]:
     """Decode a clip once: compare it with a baseline of its size, and measure its motion."""
     meter = metrics.MotionMeter()
     frames = meter.watch(one.read_pictures())
     like = None
     if one.size == baseline.size:
-        like = metrics.compare_frames(zip(frames, baseline.read_pictures()), find_inside(one.manifest_body))
+        like = metrics.compare_frames(zip(frames, baseline.read_pictures()), inside)
     for _ in frames:  # those that the baseline does not have
         pass
     return like, meter.mean

@@ -48,7 +48,7 @@ def format_shot(shot: Shot, placement: Placement) -> Iterator[str]:
     if placement.batch_size > 1:
         yield f"{'batch':>16}  one of {placement.batch_size} shots on each pass over the weights"
     for index in range(len(shot.rules)):
-        yield f"{f'inject.{index}':>16}  {describe_rule(shot, index)}"
+        yield from format_rule(shot, index)
         yield from format_area(shot, shot.rules[index].area)
         for choice in (choice for choice in shot.auto_blocks if choice.rule == index):
             yield f"{choice.spec:>16}  is {choice.blocks}, by {choice.map_name}"
@@ -114,15 +114,14 @@ def name_given_pictures(shots: Sequence[Shot]) -> list[str]:
     return [", ".join(name(frame.source) for frame in of_shot) for of_shot in given]
 
 
-def describe_rule(shot: Shot, index: int) -> str:
-    """Describe an injection: `27-39 at 0.6, steps 0-11, cond`."""
+def format_rule(shot: Shot, index: int) -> Iterator[str]:
+    """Format an injection: `27-39 at 0.6, steps 0-11, cond`, and a line for what is special about it."""
     rule = shot.rules[index]
-    of = ", pictures" if rule.image else ""
+    yield f"{f'inject.{index}':>16}  {_describe_reach(rule)}{', pictures' if rule.image else ''}"
     if rule.words and rule.rows:
-        of = f", only {describe_words(rule.words, rule.rows)}"
+        yield f"{'only':>16}  {describe_words(rule.words, rule.rows)}"
     if rule.nag:
-        of = ", away from it: scale {:g}, alpha {:g}, tau {:g}".format(*rule.nag)
-    return f"{_describe_reach(rule)}{of}"
+        yield f"{'away from it':>16}  " + "scale {:g}, alpha {:g}, tau {:g}".format(*rule.nag)
 
 
 def _describe_reach(rule: Rule | SteerRule) -> str:
@@ -151,9 +150,8 @@ def format_area(shot: Shot, area: Area | None) -> Iterator[str]:
 
 
 def format_attention(maps: AttentionSpec) -> Iterator[str]:
-    """Format which attention maps are recorded: `red (rows 2), circle (3)`, and the groups."""
-    rows = [format_ranges(rows) for rows in maps.rows]
-    words = [f"{word} ({place})" for word, place in zip(maps.words, (f"rows {rows[0]}", *rows[1:]))]
+    """Format which attention maps are recorded: `red (row 2), circle (rows 3-4)`, and the groups."""
+    words = [f"{word} ({describe_rows(rows)})" for word, rows in zip(maps.words, maps.rows)]
     yield f"{'attention':>16}  {truncate(', '.join(words), 62)}"
     for name, groups in (("blocks", maps.blocks), ("steps", maps.steps)):
         yield f"{'':>16}  {name} {truncate(' | '.join(group.label for group in groups), 56)}"
@@ -161,7 +159,12 @@ def format_attention(maps: AttentionSpec) -> Iterator[str]:
 
 def describe_words(words: str, rows: Sequence[int]) -> str:
     """Describe words and their rows: `'red circle', rows 1-2`."""
-    return f"{quote(words)}, row{'s' if len(rows) > 1 else ''} {format_ranges(rows)}"
+    return f"{quote(words)}, {describe_rows(rows)}"
+
+
+def describe_rows(rows: Sequence[int]) -> str:
+    """Describe rows of a prompt: `row 2`, or `rows 3-4`."""
+    return f"row{'s' if len(rows) > 1 else ''} {format_ranges(rows)}"
 
 
 def describe_emphasis(rule: EmphasisRule) -> str:

@@ -11,9 +11,11 @@ import re
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pages
 import pytest
-from jobs import run_wancli, write_job
+from jobs import rule, run_wancli, tiny_job, write_job
+from PIL import Image
 
 from wancli.cli import run
 from wancli.job.loader import load
@@ -21,7 +23,7 @@ from wancli.models import parameter_count
 from wancli.models.config import WanConfig
 from wancli.plan.planner import build_plan
 from wancli.report import batch_report, shots_table
-from wancli.report.html import model_facts, page, page_data, rerun_job
+from wancli.report.html import injection_entries, model_facts, page, page_data, rerun_job
 from wancli.report.html.collect import ReportInputs
 from wancli.resources import flops
 from wancli.storage import manifest
@@ -90,10 +92,10 @@ def test_only_the_scripts_and_styles_of_the_package_run(out: Path) -> None:
     policy = next(a["content"] for t, a in found.elements if a.get("http-equiv") == "Content-Security-Policy")
     assert policy
     assert policy.startswith("default-src 'none'; ")
-    for tag, rule in (("script", "script-src"), ("style", "style-src")):
+    for tag, directive in (("script", "script-src"), ("style", "style-src")):
         (source,) = [text for text in found.inside(tag) if not text.startswith("{")]
         digest = base64.b64encode(hashlib.sha256(source.encode()).digest()).decode()
-        assert f"{rule} 'sha256-{digest}';" in policy
+        assert f"{directive} 'sha256-{digest}';" in policy
     assert "unsafe" not in policy
 
 
@@ -135,7 +137,7 @@ def test_a_page_of_a_hundred_measured_shots_is_under_two_megabytes(out: Path) ->
 def test_the_share_of_injection_is_that_of_the_plan(out: Path) -> None:
     record = pages.typed(pages.entries(out)).record
     assert record
-    found = page_data.injected_shares(record)
+    found = injection_entries.injected_shares(record)
     cells = {(row["branch"], step): row["blocks"] for row in found for step in row["steps"]}
     assert cells == {
         ("cond", 0): [0, 0.25, 0.75, 0],
@@ -156,7 +158,31 @@ def test_the_page_has_the_areas_of_rules(out: Path) -> None:
     injection = [entry["injection"][0] | {"area": area}, *entry["injection"][1:]]
     inputs = ReportInputs("job", [("job", pages.typed(entry | {"injection": injection}))])
     (shot,) = page_data.page_document(inputs, out / "report.html", {})["shots"]
-    assert shot["injection"][0]["area"] == area | {"mask": "hand.png"}
+    assert shot["injection"][0]["area"] == area | {"mask": "hand.png"}  # whose file is gone
+
+
+def test_the_page_has_the_weights_of_a_mask_and_a_row_for_each_rule(
+    known: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    mask = tmp_path / "left.png"
+    Image.fromarray(np.array([[255, 0], [255, 0]], np.uint8)).save(mask)
+    keys = {
+        "inject": [rule(blocks="1-2", mask=str(mask), words="fish"), rule(blocks="all", blend="nag")],
+        "emphasis": [{"words": "cat", "weight": 1.5}],
+        "steer": [{"toward": ["warm light"], "away": ["fog"], "strength": 0.5, "blocks": "late"}],
+    }
+    said = run_wancli(capsys, "render", write_job(tmp_path, tiny_job(known, **keys)))
+    assert said.code == 0, said.err
+    document = pages.Page((tmp_path / "out/job.report.html").read_bytes()).document
+    (shot,) = document["shots"]
+    assert shot["injection"][0]["area"]["white"] == ["9900"] * 4
+    rows = [[*row.values()] for row in document["rule_rows"][shot["rule_rows"]]]
+    assert [row[0] for row in rows] == ["inject.0", "inject.1", "emphasis.0", "steer.0"]
+    assert rows[0][1].endswith(", only 'fish', rows 14-15")
+    assert rows[0][2:] == ["context-lerp", "1-2", "0-1", "8 tokens"]
+    assert rows[1][2].startswith("nag, scale ")
+    assert rows[2][1:] == ["'cat', rows 7-8", "counts 1.5 times", "0-3", "0-1", "everywhere"]
+    assert rows[3][1:3] == ["toward warm light; away from fog", "strength 0.5"]
 
 
 # ---- facts of models ----

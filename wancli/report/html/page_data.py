@@ -10,20 +10,18 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from wancli.injection.area import Area, Mask, TokenGrid
 from wancli.injection.block_map import BlockMap
-from wancli.injection.exprs import Branch, Row
-from wancli.injection.injected_share import injected_share_by_block
-from wancli.injection.table import Rule, Table
 from wancli.models.config import WanConfig
+from wancli.plan.areas import MaskReader
 from wancli.report.batch_report import Report
 from wancli.report.html import model_facts, rerun_job
 from wancli.report.html.collect import ReportInputs, absolute_path
+from wancli.report.html.injection_entries import injected_shares, injection_entry, rule_rows
+from wancli.report.html.page_values import Pool, round_numbers
 from wancli.report.shot_entry import ShotEntry
 from wancli.report.shots_table import shot_row
 from wancli.storage import disk
-from wancli.storage.injection_schema import AreaRecord, EffectRecord, RuleRecord
-from wancli.storage.manifest_schema import ShotRecord
+from wancli.storage.injection_schema import EffectRecord
 
 SCHEMA = "wancli/page/1"
 MAX_CELLS = 150_000  # measured effects of blocks; beyond them a page has only their means over the steps
@@ -33,26 +31,12 @@ _SHOT_KEYS = (
 )  # fmt: skip
 
 
-class _Pool:
-    """A list of distinct values, in the order in which they were first put."""
-
-    def __init__(self) -> None:
-        self.values: list[Any] = []
-        self._places: dict[str, int] = {}
-
-    def put(self, value: Any) -> int:
-        """Store a value, unless it is there already, and return its index."""
-        place = self._places.setdefault(json.dumps(value, sort_keys=True), len(self.values))
-        if place == len(self.values):
-            self.values.append(value)
-        return place
-
-
 POOLS = (
     "models",
     "schedules",
     "prompts",
     "rules",
+    "rule_rows",
     "shares",
     "differences",
     "predictions",
@@ -71,11 +55,11 @@ def page_document(
 ) -> dict[str, Any]:
     """Build the document of a page at `page`. `posters` are data URIs, `pictures` the entries of given
     pictures and `maps` those of attention maps, by the number of an entry."""
-    pools = {name: _Pool() for name in POOLS}
+    pools, masks = {name: Pool() for name in POOLS}, MaskReader()
     records = [entry.record for _, entry in inputs.entries if entry.record]
     cells = sum(len(effect.blocks) for record in records for effect in record.effects)
     shots = [
-        _shot_entry(entry, job, pools, page, whole=cells <= MAX_CELLS)
+        _shot_entry(entry, job, pools, masks, page, whole=cells <= MAX_CELLS)
         | {"poster": posters.get(index), "score": _comparison(inputs, entry)}
         | {"attention": (maps or {}).get(index)}
         | {"pictures": [pools["pictures"].put(one) for one in (pictures or {}).get(index, ())]}
@@ -139,14 +123,14 @@ def _injects(entry: ShotEntry) -> bool:
 
 
 def _comparison(inputs: ReportInputs, entry: ShotEntry) -> Any:
-    return _round_numbers(inputs.comparisons.get(absolute_path(Path(entry.output))))
+    return round_numbers(inputs.comparisons.get(absolute_path(Path(entry.output))))
 
 
 def _map_entries(found: BlockMap) -> list[dict[str, Any]]:
     """Describe a map for a page, each branch of it as a map of its own."""
     shared = _omit(found.as_dict(), "prompts", "image")
     return [
-        _round_numbers(
+        round_numbers(
             shared
             | branch.model_dump()
             | {"attended": attended, "prompts": [{"main": branch.main, "injected": branch.injected}]}
@@ -188,7 +172,7 @@ def _job_entry(report: Report) -> dict[str, Any]:
 
 
 def _shot_entry(
-    entry: ShotEntry, job: str, pools: Mapping[str, _Pool], page: Path, *, whole: bool
+    entry: ShotEntry, job: str, pools: Mapping[str, Pool], masks: MaskReader, page: Path, *, whole: bool
 ) -> dict[str, Any]:
     output, record = Path(entry.output), entry.record
     page_entry: dict[str, Any] = {
@@ -214,7 +198,8 @@ def _shot_entry(
         "timeline": record.timeline and record.timeline.as_dict(),
         "cached": [prompt.cached for prompt in record.prompts],
         "negative": record.negative is not None,
-        "injection": [_injection_entry(rule, pools) for rule in record.injection],
+        "injection": [injection_entry(rule, record.shot, pools, masks) for rule in record.injection],
+        "rule_rows": pools["rule_rows"].put(rule_rows(record)),
         "shares": pools["shares"].put(injected_shares(record)) if record.injection else None,
         "effects": _effects_entry(record.effects, whole=whole),
         "predicted": pools["predictions"].put([phase.as_dict() for phase in record.predicted]),
@@ -227,77 +212,6 @@ def _shot_entry(
         "key": record.key,
         "again": rerun_job.rerun_command(record, str(output)),
     }
-
-
-def _injection_entry(rule: RuleRecord, pools: Mapping[str, _Pool]) -> dict[str, Any]:
-    data = rule.as_dict()
-    own = ("text", "hits", "planned", "hits_by_branch")
-    shared = ("blocks", "steps", "branches", "blend", "gain", "hits_by_block", "hits_by_step")
-    return {key: data[key] for key in own} | {
-        "rule": pools["rules"].put({key: data[key] for key in shared}),
-        "difference": pools["differences"].put(_round_numbers(data["difference"], 5))
-        if rule.difference
-        else None,
-        "picture": Path(rule.picture.path).name if rule.picture else None,
-        **({"area": _area_entry(rule.area)} if rule.area else {}),
-    }
-
-
-def _area_entry(area: AreaRecord) -> dict[str, Any]:
-    return _omit(area.as_dict(), "mask") | ({"mask": Path(area.mask.path).name} if area.mask else {})
-
-
-def injected_shares(record: ShotRecord) -> list[dict[str, Any]]:
-    """Compute how much of what each block reads was injected, in [0, 1], as `wancli plan -v` shows it: for
-    each branch the steps that have the same shares, and the share of each block: of its prompts or of its
-    pictures, whichever is larger."""
-    rules = [
-        Rule(
-            rule.text,
-            tuple(rule.blocks.items()),
-            tuple(rule.steps.items()),
-            tuple(rule.branches),
-            rule.blend,
-            rule.gain,
-            rule.picture is not None,
-            _area(rule.area) if rule.area else None,
-            rows=rule.rows,
-            nag=(rule.nag.scale, rule.nag.alpha, rule.nag.tau) if rule.nag else None,
-        )
-        for rule in record.injection
-    ]
-    base = {"cond": record.prompt.id} | ({"uncond": record.negative.id} if record.negative else {})
-    unguided = [
-        step
-        for stage in record.shot.stages
-        if stage.guidance == 1
-        for step in range(stage.steps[0], stage.steps[1] + 1)
-    ]
-    depth = record.model.sizes.num_layers
-    image = "its own" if any(rule.image for rule in rules) else None
-    table = Table(rules, base, depth, record.shot.steps, unguided, image)  # type: ignore[arg-type]
-
-    def shares(row: Row, branch: Branch) -> list[float]:
-        text = injected_share_by_block(row, *table.own_prompts(branch))
-        of_pictures = injected_share_by_block(row, table.image) if table.image else text
-        return [round(max(pair), 4) for pair in zip(text, of_pictures)]
-
-    return [
-        {"branch": branch, "steps": steps, "blocks": shares(row, branch)}
-        for branch in table.branches
-        for row, steps in table.distinct_rows(branch).items()
-    ]
-
-
-def _area(record: AreaRecord) -> Area:
-    """Return a recorded area, to tell it from others: the weights of its mask are not recorded."""
-    mask = None
-    if record.mask:
-        import numpy
-
-        grid, none = TokenGrid(0, 0, 0), numpy.zeros((1, 0, 0))
-        mask = Mask(record.mask.sha256, grid, (0, 0), Path(record.mask.path), none)
-    return Area(record.frames, record.region, record.feather, mask)
 
 
 def _effects_entry(effects: Sequence[EffectRecord], *, whole: bool) -> dict[str, Any] | None:
@@ -328,15 +242,6 @@ def _mean(values: Sequence[float]) -> float:
 
 def _round_significant(value: float) -> float:
     return float(f"{value:.3g}")
-
-
-def _round_numbers(value: Any, digits: int = 4) -> Any:
-    """Round every number in JSON data to so many significant digits."""
-    if isinstance(value, float):
-        return float(f"{value:.{digits}g}")
-    if isinstance(value, Mapping):
-        return {key: _round_numbers(inner, digits) for key, inner in value.items()}
-    return [_round_numbers(inner, digits) for inner in value] if isinstance(value, list | tuple) else value
 
 
 def _omit(value: Mapping[str, Any], *keys: str) -> dict[str, Any]:

@@ -186,7 +186,7 @@ function areasOfRules(shot, block) {
           return h('td', value ? { style: { background: tint(value, '--accent') } } : {}, value === 0 ? '·' : figure(value));
         })))))),
     rules.map((rule) => h('p', {}, `${rule.name}: ${describeArea(rule.area)}: ${count(rule.area.tokens)} of ${count(shot.tokens)} tokens`)),
-    rules.filter((rule) => rule.area.region).map((rule) => regionOverFrame(shot, rule.area)));
+    rules.filter((rule) => rule.area.region || rule.area.white).map((rule) => areaOverFrame(shot, rule.area)));
 }
 
 function describeArea(area) {
@@ -198,15 +198,25 @@ function describeArea(area) {
   ].filter(Boolean).join(', ');
 }
 
-function regionOverFrame(shot, area) {
-  const [left, top, right, bottom] = area.region;
+// The region of a rule, or the tokens of its mask, over the poster.
+function areaOverFrame(shot, area) {
   const width = 192;
   const height = width * shot.height / shot.width;
-  return svg('svg', { width, height, viewBox: `0 0 ${width} ${height}`, role: 'img', 'aria-label': `region [${area.region.join(', ')}]` },
+  return svg('svg', { width, height, viewBox: `0 0 ${width} ${height}`, role: 'img', 'aria-label': describeArea(area) },
     shot.poster ? svg('image', { href: shot.poster, width, height, preserveAspectRatio: 'none' })
       : svg('rect', { width, height, fill: 'var(--line)' }),
-    svg('rect', { x: left * width, y: top * height, width: (right - left) * width, height: (bottom - top) * height,
-      fill: 'var(--accent)', 'fill-opacity': 0.25, stroke: 'var(--accent)', 'stroke-width': 2 }));
+    area.region ? regionBox(area.region, width, height) : maskTokens(area.white, width, height));
+}
+
+function regionBox([left, top, right, bottom], width, height) {
+  return svg('rect', { x: left * width, y: top * height, width: (right - left) * width, height: (bottom - top) * height,
+    fill: 'var(--accent)', 'fill-opacity': 0.25, stroke: 'var(--accent)', 'stroke-width': 2 });
+}
+
+function maskTokens(rows, width, height) {
+  const [high, wide] = [height / rows.length, width / rows[0].length];
+  return rows.flatMap((row, y) => [...row].map((digit, x) => (digit === '0' ? null
+    : svg('rect', { x: x * wide, y: y * high, width: wide, height: high, fill: 'var(--accent)', 'fill-opacity': 0.5 * digit / 9 })))).filter(Boolean);
 }
 
 function claimsOf(shot, block) {

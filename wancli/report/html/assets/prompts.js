@@ -15,10 +15,18 @@ function drawPrompts(shot) {
       `[${text.max_tokens ?? 256}, ${count(width)}]`, shot.cached[i] ? 'yes' : 'encoded now', size(4 * (text.max_tokens ?? 256) * width)])),
     muted('Stored without zero rows. Every block reads 512 rows: the tokens, and one row for all padding, which is not masked and takes part in the softmax.'));
   if (shot.timeline) root.append(...drawTimeline(shot));
-  root.append(...drawPictures(shot));
-  if (!rules.length) root.append(muted('This shot injects nothing. wancli diff A B compares two prompts without a render.'));
+  root.append(...drawPictures(shot), ...drawRules(shot));
+  if (!rules.length) root.append(muted('This shot injects no prompt. wancli diff A B compares two prompts without a render.'));
   rules.forEach((rule, i) => root.append(...differenceOf(shot, rule, rules.length > 1 ? `Rule ${i}` : 'How different')));
   return root;
+}
+
+// What acts on the blocks beside the prompt: rules, emphasis, steering.
+function drawRules(shot) {
+  const rows = data.rule_rows[shot.rule_rows];
+  if (!rows.length) return [];
+  return [h('h3', {}, 'Rules'), table(['rule', 'what', 'how', 'blocks', 'steps', 'where'],
+    rows.map((row) => [row.rule, h('span', { class: 'prompt' }, row.what), row.how, row.blocks, row.steps, row.where]), { id: 'rules' })];
 }
 
 function segmentNames(shot, text) {

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -432,13 +433,14 @@ def test_a_plan_of_many_shots_shows_the_first_and_the_last(say: Any, tmp_path: P
         tmp_path, tiny_job(output="out/{id}.mp4", matrix={"seed": many}, inject=[rule(strength=0)])
     )
     result = say("plan", job)
-    lines = [line.split()[0] for line in result.out.splitlines() if line.startswith(("seed", "…"))]
-    assert lines == [*(f"seed{n}" for n in range(8)), "…", *(f"seed{n}" for n in range(36, 40))]
+    lines = re.findall(r"^ *(?:\d+ +(seed\d+)|(…)) ", result.out, re.MULTILINE)
+    shown = [name or dots for name, dots in lines]
+    assert shown == [*(f"seed{n}" for n in range(8)), "…", *(f"seed{n}" for n in range(36, 40))]
     assert "40 shots: 40 to do; -v shows all" in result.out
     warning = "shots seed0, seed1, seed2 and 37 more: an injection has strength 0 and changes nothing"
     assert result.err == f"wancli: warning: {warning}\n"
     verbose = say("plan", job, "-v").out
-    assert all(f"\nseed{n} " in verbose for n in many)
+    assert all(f"{n}  seed{n} " in verbose for n in many)
 
 
 def test_a_job_from_a_pipe_is_read_once_and_writes_into_the_current_folder(

@@ -18,6 +18,7 @@ ROOT = Path(__file__).parents[1] / "wancli"
 # A package may import packages of earlier rows, and those of its own row unless that makes a circle.
 ORDER = (
     ("errors", "units", "signals", "stream_writer", "stdio", "wan_mini"),
+    ("batch_progress",),
     ("progress",),
     ("storage",),
     ("pictures", "video"),

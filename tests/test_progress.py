@@ -4,9 +4,13 @@ import io
 import re
 
 import pytest
+from jobs import tiny_job, write_job
 from rich.cells import cell_len
 
 from wancli import progress as displays
+from wancli.engine.outcome import Outcome
+from wancli.job.loader import load
+from wancli.plan.planner import build_plan
 from wancli.progress import Progress, create_progress
 
 SHOT = "0001-a-gray-tabby-cat-walks-through-a-sunlit-garden-猫"
@@ -88,8 +92,6 @@ def test_a_quick_phase_is_two_lines(clock):
         ("sample", 1, "1 step"),
         ("encode", 2, "2 prompts"),
         ("decode", 81, "81 frames"),
-        ("compare", 3, "3 videos"),
-        ("draw", 1, "1 file"),
         ("probe", 2740, "2,740 block runs"),
     ],
 )
@@ -142,6 +144,59 @@ def test_a_text_can_neither_move_the_cursor_nor_turn_the_line_nor_colour_it(mode
     progress.note("a\x1b[2Jb \u202ec [red]d[/]")
     progress.warn("e\r")
     assert without_codes(stream.getvalue()) == "a\\x1b[2Jb \\u202ec [red]d[/]\nwarning: e\\r\n"
+
+
+@pytest.fixture
+def batch(tmp_path, shallow):
+    """A plan of three shots of four steps, and the outcomes of its shots."""
+    items = [{"id": id, "seed": seed} for seed, id in enumerate("abc")]
+    job = tiny_job(shallow, items=items, output="out/{id}.mp4", sampler={"steps": 4})
+    return build_plan(load(write_job(tmp_path, job)), tmp_path / "memo.json")
+
+
+def render_two(progress: Progress, batch, clock: Clock) -> None:
+    """The first shot is done already, the second one is rendered at 2 s a step."""
+    progress.on_plan(batch)
+    progress.on_outcome(Outcome(batch.shots[0], "already done"))
+    with progress.phase("encode", (), 0):
+        pass
+    with progress.phase("sample", ["b"], 4) as phase:
+        for _ in range(4):
+            clock.now += 12
+            phase.advance(note="sigma 0.5")
+    with progress.phase("decode", ["b"], 1) as phase:
+        clock.now += 2
+        phase.advance()
+    progress.on_outcome(Outcome(batch.shots[1], "rendered"))
+    with progress.phase("compare", ["a", "b"], 2) as phase:
+        phase.advance(2)
+
+
+def test_lines_say_which_shot_of_how_many_it_is_and_when_the_batch_is_done(clock, batch):
+    stream = io.StringIO()
+    render_two(create_progress(stream), batch, clock)
+    assert stream.getvalue().splitlines() == [
+        "[2/3] sample b: started, 4 steps",
+        "[2/3] sample b: 1/4, ETA 36.0 s, batch ETA 108.0 s, sigma 0.5",
+        "[2/3] sample b: 2/4, ETA 24.0 s, batch ETA 96.0 s, sigma 0.5",
+        "[2/3] sample b: 3/4, ETA 12.0 s, batch ETA 84.0 s, sigma 0.5",
+        "[2/3] sample b: done in 48.0 s, batch ETA 72.0 s",
+        "[2/3] decode b: started, 1 frame",
+        "[2/3] decode b: done in 2.0 s",
+        "compare videos: started, 2 videos",
+        "compare videos: done in 0.0 s",
+    ]
+
+
+def test_bars_say_which_shot_of_how_many_it_is_and_when_the_batch_is_done(clock, batch):
+    stream = Terminal()
+    render_two(create_progress(stream), batch, clock)
+    shown = without_codes(stream.getvalue())
+    drawn = [line for line in re.split(r"[\r\n]+", shown) if "ETA" in line]
+    assert any(re.match(r"\[2/3\] sample b ━+.* 2/4 ETA .* batch ETA 96\.0 s", line) for line in drawn)
+    assert max(cell_len(line) for line in drawn) <= 80
+    assert "\n[2/3] sample b: done in 48.0 s" in shown.replace("\r", "\n")
+    assert "encode" not in shown
 
 
 # ---- bars ----
@@ -197,6 +252,8 @@ def test_no_color_takes_the_colours_away(clock, monkeypatch):
         ("sample", ["a"], "sample a"),
         ("sample", ["a", "b", "c"], "sample 3 shots, a to c"),
         ("encode", [], "encode prompts"),
+        ("compare", ["a"], "compare videos"),
+        ("draw", ["a"], "draw files"),
     ],
 )
 def test_a_phase_is_named_after_its_shots(name: str, shots: list[str], title: str) -> None:

@@ -1,8 +1,8 @@
 """Progress for people: bars with an ETA on a terminal, plain lines elsewhere, or nothing.
 
 Progress goes to the stream it was made for (stderr), never to stdout. A phase counts steps; when it ends, one
-line of it stays. Texts from a job are shown without control characters. Programs read
-`wancli.report.json_stream` and `wancli.report.openjd_progress` instead.
+line of it stays. A phase without steps is not shown. Texts from a job are shown without control characters.
+Programs read `wancli.report.json_stream` and `wancli.report.openjd_progress` instead.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Literal, Protocol, Self, TextIO
 
+from wancli.batch_progress import BatchProgress
 from wancli.units import format_seconds, pluralize
 
 if TYPE_CHECKING:
@@ -29,6 +30,7 @@ Mode = Literal["auto", "bar", "plain", "none"]
 
 _LINE_SECONDS = 10.0  # a plain line follows the last one after this time and this share of the steps
 _LINE_SHARE = 0.1
+_ABOUT_ALL = ("compare", "draw")  # phases that are about all shots
 # What each phase counts, if not steps.
 _UNITS = {
     "encode": "prompt",
@@ -96,13 +98,34 @@ def make_printable(text: str) -> str:
 
 def phase_title(name: str, shots: Sequence[str]) -> str:
     """Name a phase for people: `sample 0001-a-cat`, `sample 8 shots, a to h`, `encode prompts`."""
-    if not shots:
+    if not shots or name in _ABOUT_ALL:
         return f"{name} {_UNITS.get(name, 'step')}s"
     return f"{name} {shots[0] if len(shots) == 1 else f'{len(shots)} shots, {shots[0]} to {shots[-1]}'}"
 
 
 def _format_total(name: str, total: int) -> str:
     return pluralize(total, _UNITS.get(name, "step"))
+
+
+class _Display(Progress):
+    """What the displays for people share: how far the batch is."""
+
+    def __init__(self) -> None:
+        self.batch = BatchProgress()
+
+    def on_plan(self, plan: Plan) -> None:
+        self.batch.on_plan(plan)
+
+    def on_outcome(self, outcome: Outcome) -> None:
+        self.batch.on_outcome(outcome)
+
+    def place(self, name: str, shots: Sequence[str]) -> str:
+        return "" if name in _ABOUT_ALL else self.batch.format_place(shots)
+
+    def batch_eta(self, before: str = "") -> str:
+        """Return the time until the batch is done, as `batch ETA 3 min 20 s`; empty if there is none."""
+        left = self.batch.seconds_left()
+        return "" if left is None else f"{before}batch ETA {format_seconds(left)}"
 
 
 def _describe_end(name: str, done: int, total: int) -> str:
@@ -115,39 +138,45 @@ class _SilentPhase:
 
 
 class _LinePhase:
-    def __init__(self, lines: _PlainLines, title: str, total: int) -> None:
-        self._lines, self._title, self._total = lines, title, total
+    def __init__(self, lines: _PlainLines, title: str, total: int, ids: Sequence[str]) -> None:
+        self._lines, self._title, self._total, self._ids = lines, title, total, ids
         self.done = self._shown = 0
         self._began = self._shown_at = time.monotonic()
 
     def advance(self, n: int = 1, note: str = "") -> None:
         self.done += n
+        self._lines.batch.on_step(self._ids, n)
         now = time.monotonic()
         moved = self.done - self._shown >= _LINE_SHARE * self._total
         if moved and now - self._shown_at >= _LINE_SECONDS and self.done < self._total:
             self._shown, self._shown_at = self.done, now
             left = (now - self._began) / self.done * (self._total - self.done)
-            tail = f", {note}" if note else ""
+            tail = self._lines.batch_eta(", ") + (f", {note}" if note else "")
             self._lines.note(f"{self._title}: {self.done}/{self._total}, ETA {format_seconds(left)}{tail}")
 
 
-class _PlainLines(Progress):
+class _PlainLines(_Display):
     def __init__(self, stream: TextIO) -> None:
+        super().__init__()
         self._stream = stream
 
     @contextmanager
     def phase(self, name: str, shots: Sequence[str], total: int) -> Iterator[Phase]:
-        title = phase_title(name, shots)
+        if not total:
+            yield _SilentPhase()
+            return
+        title = self.place(name, shots) + phase_title(name, shots)
         self.note(f"{title}: started, {_format_total(name, total)}")
         began = time.monotonic()
-        phase = _LinePhase(self, title, total)
+        phase = _LinePhase(self, title, total, self.batch.begin_phase(name, shots))
         try:
             yield phase
         except BaseException:
             self.note(f"{title}: stopped after {format_seconds(time.monotonic() - began)}")
             raise
         end = _describe_end(name, phase.done, total)
-        self.note(f"{title}: {end} {format_seconds(time.monotonic() - began)}")
+        left = self.batch_eta(", ") if name == "sample" else ""
+        self.note(f"{title}: {end} {format_seconds(time.monotonic() - began)}{left}")
 
     def note(self, text: str) -> None:
         self._stream.write(make_printable(text) + "\n")
@@ -158,28 +187,35 @@ class _PlainLines(Progress):
 
 
 class _BarPhase:
-    def __init__(self, bars: RichProgress, task: TaskID) -> None:
-        self._bars, self._task = bars, task
+    def __init__(self, display: _Bars, bars: RichProgress, task: TaskID, ids: Sequence[str]) -> None:
+        self._display, self._bars, self._task, self._ids = display, bars, task, ids
 
     def advance(self, n: int = 1, note: str = "") -> None:
+        self._display.batch.on_step(self._ids, n)
+        note = self._display.batch_eta() or note
         self._bars.update(self._task, advance=n, note=make_printable(note), refresh=True)
 
 
-class _Bars(Progress):
+class _Bars(_Display):
     def __init__(self, stream: TextIO) -> None:
         from rich.console import Console
 
+        super().__init__()
         self._console = Console(file=stream, force_terminal=True, highlight=False)
 
     @contextmanager
     def phase(self, name: str, shots: Sequence[str], total: int) -> Iterator[Phase]:
-        title = phase_title(name, shots)
+        if not total:
+            yield _SilentPhase()
+            return
+        title = self.place(name, shots) + phase_title(name, shots)
+        ids = self.batch.begin_phase(name, shots)
         began = time.monotonic()
         end = "[red]stopped after[/]"
         try:
             with self._bars() as bars:
                 task = bars.add_task(make_printable(title), total=total, note="")
-                yield _BarPhase(bars, task)
+                yield _BarPhase(self, bars, task, ids)
             done = round(bars.tasks[task].completed)
             end = f"[{'green' if done >= total else 'red'}]{_describe_end(name, done, total)}[/]"
         finally:
@@ -190,8 +226,8 @@ class _Bars(Progress):
         from rich.progress import Progress as RichProgress
         from rich.table import Column
 
-        title = Column(no_wrap=True, overflow="ellipsis", max_width=41)
-        note = Column(no_wrap=True, overflow="ellipsis", max_width=18)
+        title = Column(no_wrap=True, overflow="ellipsis", max_width=38)
+        note = Column(no_wrap=True, overflow="ellipsis", max_width=22)
         return RichProgress(
             TextColumn("{task.description}", markup=False, table_column=title),
             BarColumn(bar_width=None),

@@ -39,9 +39,12 @@ def encode_each(
 
     prepare_device(model.device)
     texts = {prompt.id: prompt for prompt in prompts}
+    missing = [
+        id for id, text in texts.items() if not (text.file or (context.store and context.store.has(id)))
+    ]
     encoded: dict[str, Encoded] = {}
     errors: dict[str, ErrorCapture] = {}
-    with PeakMemory() as peak, context.progress.phase("encode", (), len(texts)) as bar:
+    with PeakMemory() as peak, context.progress.phase("encode", (), len(missing)) as bar:
         for prompt in texts.values():
             if prompt.file:
                 with ErrorCapture() as attempt:
@@ -49,14 +52,14 @@ def encode_each(
                         prompt.id, load_embedding(prompt.file, prompt.index), hit=True
                     )
                 errors |= {prompt.id: attempt} if attempt.error else {}
-                bar.advance()
         for result in encode(model.encoder, [p.tokens for p in texts.values() if not p.file], context.store):
             if isinstance(result, Encoded):
                 encoded[result.key] = result
             else:
                 errors[result.key] = ErrorCapture()
                 errors[result.key].record(result.error)
-            bar.advance()
+            if not (isinstance(result, Encoded) and result.hit):
+                bar.advance()
             if context.stop.requested and len(encoded) + len(errors) < len(texts):
                 raise context.stop.error(f"{len(encoded)} of {len(texts)} prompts encoded")
     width = model.checkpoint.transformer_config.text_dim

@@ -1,7 +1,7 @@
 """`render --progress openjd`: lines on stdout by which Open Job Description follows an action.
 
-Progress is that of the whole batch. Every step of a shot counts one unit; decoding and writing together count
-one more. Open Job Description ignores the paths of finished shots between these lines.
+Progress is that of the whole batch, see `wancli.batch_progress`. Open Job Description ignores the paths of
+finished shots between these lines.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, TextIO
 
+from wancli.batch_progress import BatchProgress
 from wancli.errors import Stopped
 from wancli.progress import Phase, Progress, make_printable, phase_title
 from wancli.stdio import describe_gaps, write_line
@@ -29,10 +30,8 @@ class OpenJdProgress(Progress):
     def __init__(self, out: TextIO) -> None:
         self._out = out
         describe_gaps(out, _describe_gap)
-        self._todo: dict[str, int] = {}  # units of each shot, by its id
-        self._done: dict[str, int] = {}
+        self._batch = BatchProgress()
         self._next = 0.0
-        self._finished = 0
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: object) -> None:
         if isinstance(error, Stopped):
@@ -41,29 +40,22 @@ class OpenJdProgress(Progress):
             self._write("fail", str(error) or type(error).__name__)
 
     def on_plan(self, plan: Plan) -> None:
-        self._todo = {s.id: s.steps - plan.schedule.placement(s).shared_steps + 1 for s in plan.shots}
-        self._done = dict.fromkeys(self._todo, 0)
+        self._batch.on_plan(plan)
 
     def on_outcome(self, outcome: Outcome) -> None:
-        id = outcome.shot.id
         if outcome.error:
-            self._write("fail", f"shot {id}: {outcome.error}")
-        if outcome.status not in ("stopped", "elsewhere"):
-            self._done[id] = self._todo[id]
-            self._finished += 1
+            self._write("fail", f"shot {outcome.shot.id}: {outcome.error}")
+        if self._batch.on_outcome(outcome):
             self._write_progress()
 
     @contextmanager
     def phase(self, name: str, shots: Sequence[str], total: int) -> Iterator[Phase]:  # noqa: ARG002
-        self._write(
-            "status", f"{phase_title(name, shots)} ({self._finished} of {len(self._todo)} shots done)"
-        )
-        stepped = [id for id in shots if id in self._todo] if name == "sample" else []
-        yield _Phase(self, stepped)
+        done = f"{self._batch.finished} of {self._batch.shots} shots done"
+        self._write("status", f"{phase_title(name, shots)} ({done})")
+        yield _Phase(self, self._batch.begin_phase(name, shots))
 
     def on_step(self, ids: Sequence[str], n: int) -> None:
-        for id in ids:  # the last unit is counted by on_outcome
-            self._done[id] = min(self._done[id] + n, self._todo[id] - 1)
+        self._batch.on_step(ids, n)
         if ids and time.monotonic() >= self._next:
             self._write_progress()
 
@@ -72,7 +64,7 @@ class OpenJdProgress(Progress):
 
     def _write_progress(self) -> None:
         self._next = time.monotonic() + _SECONDS
-        percent = f"{100 * sum(self._done.values()) / sum(self._todo.values()):.1f}"
+        percent = f"{100 * self._batch.share:.1f}"
         self._write("progress", percent, expendable=True)
 
     def _write(self, kind: str, text: str, *, expendable: bool = False) -> None:

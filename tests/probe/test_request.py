@@ -136,6 +136,66 @@ def test_injecting_changes_the_velocity_as_whole_forwards_do(
         assert value == pytest.approx(reference(folder, cache, blocks)[0], rel=1e-4), blocks
 
 
+def first_velocities(folder: Path, cache: Path, block: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The velocity of the first step, plain and with the injected prompt in a block, [C, T, Y, X]."""
+    (shot,) = build_plan(load(folder / "job.yaml"), cache / "hashes.json").shots
+    encoded, _ = encode_prompts(
+        shot.model, shot.prompts, RenderContext(store.Store(cache / "embeddings"), progress.Progress())
+    )
+    model = Networks(shot.model).transformer("only")
+    with torch.no_grad():
+        contexts = ContextCache(model, {id: one.embedding.rows_NE for id, one in encoded.items()})
+        x_1CTYX = denoise.draw_noise(shot.latent_shape, shot.seed)[None]
+        t = shot.sigma_schedule.timesteps[0]
+        a, b = (contexts.context(Text(text.id)) for text in (shot.prompt, shot.injected[0]))
+        plain = model(x_1CTYX, t, [((a, 1.0),)] * 4)
+        changed = model(x_1CTYX, t, [((b if i == block else a, 1.0),) for i in range(4)])
+    return plain[0].double(), changed[0].double()
+
+
+def test_frames_are_measured_apart(probe: Probe, folder: Path, cache: Path) -> None:
+    found = document(probe("--json", "--levels", "1", "--by", "frame", frames=5))
+    assert list(found["parts"]) == ["frame 0", "frames 1-4"]
+    plain, changed = first_velocities(folder, cache, 2)
+    for t, values in enumerate(found["parts"].values()):
+        expected = (changed - plain)[:, t].norm() / plain[:, t].norm()
+        assert values[2] == pytest.approx(expected.item(), rel=1e-4)
+    shown = probe("--levels", "1", "--by", "frame", frames=5).out
+    assert "\n        frames 1-4  " in shown
+    assert "parts have one scale, up to (" in shown
+
+
+def test_a_rule_acts_more_inside_of_its_region_and_both_parts_are_the_whole(
+    probe: Probe, folder: Path, cache: Path
+) -> None:
+    right = rule(blocks="1-2", region=[0.5, 0, 1, 1])
+    found = document(probe("--json", "--levels", "1", "--by", "region", inject=[right], frames=5))
+    inside, outside = found["parts"]["inside"], found["parts"]["outside"]
+    assert all(a > b > 0 for a, b in zip(inside[:3], outside[:3]))
+    assert outside[3] < 1e-6  # no block after the last carries it elsewhere
+    plain, _ = first_velocities(folder, cache, 0)
+    middle = plain.shape[-1] // 2
+    for a, b, total in zip(inside, outside, found["total"]):
+        squares = (a * plain[..., middle:].norm()) ** 2 + (b * plain[..., :middle].norm()) ** 2
+        assert squares.sqrt().item() == pytest.approx(total * plain.norm().item(), rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (("--by", "region"), "no rule of shot 0000 acts in a part of the video"),
+        (("--by", "frame"), "shot 0000 has a single frame"),
+        (("--by", "frame", "--method", "gradient"), "gradient does not tell parts of a video apart"),
+    ],
+)
+def test_parts_that_a_shot_does_not_have_are_refused(
+    probe: Probe, options: tuple[str, ...], words: str
+) -> None:
+    said = probe(*options)
+    assert said.code == 2
+    assert f"wancli: --by: {words}" in said.err
+
+
 def test_streamed_and_resident_weights_have_the_same_map(probe: Probe) -> None:
     of = [
         document(probe("--json", "--levels", "1", memory={"residency": residency}))["values"]

@@ -30,6 +30,11 @@ class MethodName(StrEnum):
     render = "render"
 
 
+class Parts(StrEnum):
+    region = "region"
+    frame = "frame"
+
+
 def probe_command(
     job: JobArgument,
     method: Annotated[
@@ -50,6 +55,13 @@ def probe_command(
         typer.Option(
             metavar="N|SETS",
             help="Measure N ranges, or sets (early,middle,late), not single blocks. Default of render: 8.",
+        ),
+    ] = None,
+    by: Annotated[
+        Parts | None,
+        typer.Option(
+            help="Also measure parts of the video: the inside and the outside of the first region or mask of "
+            "a rule, or each latent frame."
         ),
     ] = None,
     shot: Annotated[
@@ -74,16 +86,16 @@ def probe_command(
     from wancli.engine.context import RenderContext
     from wancli.injection import block_map, block_map_store
     from wancli.plan import planner
-    from wancli.probe import request, run
+    from wancli.probe import parts, request, run
     from wancli.report import block_map_text, terminal
 
     display = create_display(progress.value, quiet)
     plan = planner.build_plan(
         load_job(job, collect_flags(sets)), hashes_path(cache_dir), allow_missing_maps=True
     )
-    probe_request = request.plan_probe(
-        plan, next(m for m in block_map.METHODS if m == method), levels, ranges, shot
-    )
+    chosen = next(m for m in block_map.METHODS if m == method)
+    told_apart = next((one for one in parts.ALL if one == by), None)
+    probe_request = request.plan_probe(plan, chosen, levels, ranges, shot, told_apart)
     path = _require_writable(output or plan.sidecar_path(f"map.{probe_request.method}.json"))
     for warning in plan.warnings:
         display.warn(warning)

@@ -48,6 +48,7 @@ class MeasuredBranch(MapPart):
 
     `values` has a row for each noise level, and `total` is the mean of the rows. A row has a number for each
     block, or, if the map has `ranges`, for each range. `hits` counts the blocks that read what was injected.
+    `parts` has by name the total of parts of the video, such as `inside` and `outside`.
     """
 
     main: str  # the shot's own prompt, or the names of its pictures
@@ -57,6 +58,7 @@ class MeasuredBranch(MapPart):
     total: list[float]
     suggestion: str
     hits: Count | None = None
+    parts: dict[str, list[float]] | None = None
 
 
 class NoiseLevel(MapPart):
@@ -92,6 +94,7 @@ class BlockMap(MapPart):
     versions: dict[str, str]
     created: str
     hits: Count | None = None
+    parts: dict[str, list[float]] | None = None
     image: MeasuredBranch | None = None
 
     @model_validator(mode="after")
@@ -100,7 +103,7 @@ class BlockMap(MapPart):
         if not width or not self.branches:
             raise ValueError("nothing was measured")
         for branch in self.branches.values():
-            rows = [*branch.values, branch.total]
+            rows = [*branch.values, branch.total, *(branch.parts or {}).values()]
             if len(branch.values) != len(self.levels) or any(len(row) != width for row in rows):
                 raise ValueError("the rows are not as long as the blocks are many")
         if any(not r or not 0 <= min(r) <= max(r) < self.model.blocks for r in self.ranges or []):
@@ -109,8 +112,11 @@ class BlockMap(MapPart):
 
     def as_dict(self) -> dict[str, Any]:
         """Convert to the JSON object of a map file."""
-        later = {name for name in ("hits", "image") if getattr(self, name) is None}
-        return {"schema": SCHEMA, **self.model_dump(exclude=later)}
+        later = {name for name in ("hits", "parts", "image") if getattr(self, name) is None}
+        document = self.model_dump(exclude=later)
+        if self.image and self.image.parts is None:
+            del document["image"]["parts"]
+        return {"schema": SCHEMA, **document}
 
     @property
     def branches(self) -> dict[Attended, MeasuredBranch]:
@@ -119,7 +125,7 @@ class BlockMap(MapPart):
         for pair in self.prompts[:1]:
             found["text"] = MeasuredBranch(
                 main=pair.main, injected=pair.injected, ids=pair.ids, values=self.values, total=self.total,
-                suggestion=self.suggestion, hits=self.hits,
+                suggestion=self.suggestion, hits=self.hits, parts=self.parts,
             )  # fmt: skip
         return found | ({"image": self.image} if self.image else {})
 

@@ -21,6 +21,7 @@ from wancli.plan import memory_estimate, memory_policy
 from wancli.plan.pictures import InjectedPicture
 from wancli.plan.render_plan import Plan
 from wancli.plan.shot import Prompt, Shot
+from wancli.probe.parts import By, check_parts
 from wancli.resources import memory_model
 from wancli.resources.memory_model import FP32, Phase
 from wancli.units import format_bytes
@@ -53,6 +54,7 @@ class Measured:
     values: list[list[float]]
     total: list[float]
     hits: int | None = None
+    parts: dict[str, list[float]] | None = None  # the total of each part of the video, if they are told apart
 
 
 @dataclass(frozen=True)
@@ -65,6 +67,7 @@ class ProbeRequest:
     levels: tuple[int, ...]  # steps
     ranges: tuple[tuple[int, ...], ...]
     per_block: bool
+    by: By | None = None  # parts of the video that are told apart
 
     @property
     def depth(self) -> int:
@@ -90,7 +93,12 @@ class ProbeRequest:
 
 
 def plan_probe(
-    plan: Plan, method: Method, levels: int | None, ranges: str | None, shot_id: str | None
+    plan: Plan,
+    method: Method,
+    levels: int | None,
+    ranges: str | None,
+    shot_id: str | None,
+    by: By | None = None,
 ) -> ProbeRequest:
     """Choose the shot, the noise levels and the ranges of blocks. Raises JobError if the plan lacks them."""
     candidates = [shot for shot in plan.shots if shot.injected]
@@ -116,6 +124,8 @@ def plan_probe(
             where="--shot" if shot_id else plan.name,
             hint="Give the shot one of its prompts: `--set prompt='...'`.",
         )
+    if by:
+        check_parts(by, shot, method)
     levels = min(DEFAULT_LEVELS, shot.steps) if levels is None else levels
     if not 1 <= levels <= shot.steps:
         raise JobError(f"{levels} is not within 1 and the {shot.steps} steps", where="--levels")
@@ -126,7 +136,7 @@ def plan_probe(
     # The first step of each of `levels` equal parts, since early steps change the video most.
     steps = tuple(i * shot.steps // levels for i in range(levels))
     return ProbeRequest(
-        plan.name, shot, method, () if method == "render" else steps, tuple(blocks), ranges is None
+        plan.name, shot, method, () if method == "render" else steps, tuple(blocks), ranges is None, by
     )
 
 
@@ -254,6 +264,7 @@ def build_map(
         versions=versions(),
         created=datetime.now(UTC).isoformat(timespec="seconds"),
         hits=text.hits if text else None,
+        parts=text.parts if text else None,
         image=_build_branch(probe, "image", measured, ranges),
     )
 
@@ -284,4 +295,5 @@ def _build_branch(
         total=found.total,
         suggestion=block_map.suggest_blocks(found.total, ranges),
         hits=found.hits,
+        parts=found.parts,
     )

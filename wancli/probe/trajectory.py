@@ -31,6 +31,7 @@ from wancli.models.text_context import Context
 from wancli.plan import backends
 from wancli.plan.shot import Shot
 from wancli.probe import request, sensitivity
+from wancli.probe.parts import find_parts
 from wancli.probe.request import Measured, ProbeRequest
 from wancli.probe.sensitivity import ProbedRow, ProbePoint
 from wancli.progress import Phase
@@ -49,6 +50,7 @@ class LevelValues:
 
     values: list[float]
     hits: int
+    parts: dict[str, list[float]] | None = None  # the values of each part of the video
 
 
 def measure(probe: ProbeRequest, context: RenderContext) -> BlockMap:
@@ -99,8 +101,15 @@ def measure(probe: ProbeRequest, context: RenderContext) -> BlockMap:
 
 def _join_levels(levels: Sequence[LevelValues]) -> Measured:
     rows = [level.values for level in levels]
-    mean = [sum(column) / len(rows) for column in zip(*rows)]
-    return Measured(rows, mean, sum(level.hits for level in levels))
+    hits = sum(level.hits for level in levels)
+    parts: dict[str, list[float]] | None = None
+    if levels[0].parts:
+        parts = {name: _mean_of([(level.parts or {})[name] for level in levels]) for name in levels[0].parts}
+    return Measured(rows, _mean_of(rows), hits, parts)
+
+
+def _mean_of(rows: Sequence[Sequence[float]]) -> list[float]:
+    return [sum(column) / len(rows) for column in zip(*rows)]
 
 
 def _blocks_per_level(probe: ProbeRequest) -> int:
@@ -234,12 +243,28 @@ def _measure_changes(
         bar.advance(passes[index], note)
         if context.stop.requested:
             raise context.stop.error("no map was written")
-    changes = [relative_change(velocities[index], velocities[len(rows)]) for index in range(len(rows))]
-    width = len(probe.ranges)
-    return [
-        LevelValues(changes[start : start + width], sum(row.hits for row in rows[start : start + width]))
-        for start in range(0, len(rows), width)
-    ]
+    plain_1CTYX = velocities.pop(len(rows))
+    width, found = len(probe.ranges), []
+    for start in range(0, len(rows), width):
+        of_subject = range(start, start + width)
+        values = [relative_change(velocities[index], plain_1CTYX) for index in of_subject]
+        parts = {
+            name: [
+                relative_change(velocities[index][..., cells_TYX], plain_1CTYX[..., cells_TYX])
+                for index in of_subject
+            ]
+            for name, cells_TYX in _find_parts(probe, plain_1CTYX.device).items()
+        }
+        found.append(LevelValues(values, sum(rows[index].hits for index in of_subject), parts or None))
+    return found
+
+
+def _find_parts(probe: ProbeRequest, device: torch.device) -> dict[str, Tensor]:
+    """Return by name which cells belong to each part that the probe tells apart, [T, Y, X]."""
+    if probe.by is None:
+        return {}
+    cells = find_parts(probe.by, probe.shot)
+    return {name: torch.from_numpy(cells_TYX).to(device) for name, cells_TYX in cells.items()}
 
 
 def _estimate_changes(

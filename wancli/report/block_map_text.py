@@ -32,6 +32,12 @@ def _format_branch(found: BlockMap, branch: MeasuredBranch) -> Iterator[str]:
         yield f"{f'step {level.step} sigma {level.sigma:.2f}':>18}  {_draw_strip(found, values)}"
     if levels != 1:
         yield f"{'mean' if levels else 'all steps':>18}  {_draw_strip(found, branch.total)}"
+    parts = branch.parts or {}
+    most = max((max(values) for values in parts.values()), default=0.0)
+    for name, values in parts.items():
+        yield f"{name:>18}  {_draw_strip(found, values, most)}"
+    if parts:
+        yield f"{'':>18}  parts have one scale, up to {_format_value(found, most)}"
     yield ""
     line = "strongest:"
     for place in rank(branch.total)[:STRONGEST]:
@@ -44,9 +50,11 @@ def _format_branch(found: BlockMap, branch: MeasuredBranch) -> Iterator[str]:
     yield f"suggestion: blocks: {branch.suggestion}"
 
 
-def _draw_strip(found: BlockMap, values: Sequence[float]) -> str:
-    """Draw one character for each block; the blocks of a range share the value of the range."""
-    top = max(values) or 1.0
+def _draw_strip(found: BlockMap, values: Sequence[float], most: float | None = None) -> str:
+    """Draw one character for each block; the blocks of a range share the value of the range. A full bar is
+    `most`, or the largest of the values.
+    """
+    top = (max(values) if most is None else most) or 1.0
     shares = [0.0] * found.model.blocks
     ranges = found.ranges or [[block] for block in range(found.model.blocks)]
     for blocks, value in zip(ranges, values):

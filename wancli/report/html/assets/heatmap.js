@@ -69,10 +69,11 @@ function mapOf(maps) {
     const names = map.ranges ? map.ranges.map(ranges) : map.total.map((_, block) => block);
     const levels = map.levels.map((level) => `σ ${level.sigma.toFixed(2)}`);
     const total = levels.length === 0 ? ['video'] : levels.length > 1 ? ['mean'] : [];
-    const rows = [...levels, ...total];
+    const parts = Object.entries(map.parts ?? {});
+    const rows = [...levels, ...total, ...parts.map(([name]) => name)];
     slot.replaceChildren(
       heatmap({
-        values: total.length ? [...map.values, map.total] : map.values,
+        values: [...map.values, ...(total.length ? [map.total] : []), ...parts.map(([, values]) => values)],
         rows,
         columns: names,
         title: `Block map by ${methodOf(map)}: a row per noise level, a column per block`,

@@ -164,7 +164,7 @@ def test_an_option_that_is_a_key_of_a_job_is_told_how_to_set(say: Any) -> None:
         ("--seed", "seed is a key of a job: --set seed=VALUE sets it."),
         ("--cfg", "In a job: sampler.guidance."),
         ("--num-frames", "In a job: frames."),
-        ("--preview", "wancli shows no previews; fewer sampler.steps make a quick look."),
+        ("--preview", "`wancli decode NAME.state.safetensors --preview` shows a shot in progress."),
     ],
 )
 def test_an_option_of_another_program_has_no_wrong_neighbours(say: Any, option: str, hint: str) -> None:

@@ -66,9 +66,10 @@ def test_the_readme_says_what_wancli_does_not_do() -> None:
     codecs = get_args(Video.model_fields["codec"].annotation)
     assert all(f"`{codec}`" in section for codec in codecs)
     assert len(codecs) == 2
-    for word in ("sound", "previews", "10 bits", "ProRes", "PNG", "EXR", "VACE"):
+    for word in ("sound", "10 bits", "ProRes", "PNG", "EXR", "VACE"):
         assert word in section
     keys = {*Job.model_fields, *Video.model_fields, *ImageOptions.model_fields}
+    assert "--preview" in readme  # which it does
     assert not {key for key in keys if str(explain_word(key)).startswith("wancli")}
 
 

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from wancli.engine import attention_stage, manifest_body
 from wancli.engine.context import RenderContext
@@ -25,7 +25,8 @@ from wancli.errors import (
 from wancli.plan import model_registry
 from wancli.resources.measure import PeakMemory, oom_as_error, release_memory
 from wancli.storage import atomic, disk, manifest, records
-from wancli.storage.manifest_schema import Manifest, ShotRecord
+from wancli.storage.manifest_schema import Manifest, ShotRecord, ShotSettings
+from wancli.storage.model_schema import ModelRecord
 from wancli.storage.paths import require_mp4
 from wancli.video import mp4
 
@@ -34,18 +35,23 @@ if TYPE_CHECKING:
 
     from wancli.models.vae import VAE
     from wancli.progress import Phase
+    from wancli.weights.checkpoint import Checkpoint
 
 
 def decode_file(
-    path: Path, output: Path | None, folder: Path | None, hashes: Path, context: RenderContext
+    path: Path,
+    output: Path | None,
+    folder: Path | None,
+    hashes: Path,
+    context: RenderContext,
+    video: Mapping[str, Any] = MappingProxyType({}),
 ) -> Path:
     """Decode a latent file into `output`, or into the output that it was made for. The latent stays.
 
-    The checkpoint is that of the record unless `folder` names another. Raises EntryError if the latent is
-    damaged or cannot be read, CheckpointError if the VAE is not the one that the shot was planned with.
+    `video` has other values of `fps`, `crf` and `codec` than those of the shot. The checkpoint is that of the
+    record unless `folder` names another. Raises EntryError if the latent is damaged or cannot be read,
+    CheckpointError if the VAE is not the one that the shot was planned with.
     """
-    from wancli.weights.checkpoint import identify
-    from wancli.weights.fingerprint import fingerprint
     from wancli.weights.loader import load_vae
 
     try:
@@ -54,30 +60,56 @@ def decode_file(
         z_CTYX, record = manifest_body.load_latent(path)
     except Unreadable as error:
         raise EntryError(error.message, where=error.where, hint=error.hint) from error
+    if video:
+        record = manifest_body.with_video_settings(record, video)
     output = output or path.with_name(record.shot.output)
+    require_free(output, record.shot.codec, context)
+    checkpoint = find_checkpoint(record.model, folder, hashes)
+    require_decodable(z_CTYX.shape, record.shot, checkpoint, records.LATENT, path)
+    prepare_device(record.model.device)
+    decode_latent(z_CTYX, record, output, load_vae(checkpoint, record.model.device), context)
+    return output
+
+
+def require_free(output: Path, codec: str, context: RenderContext) -> None:
+    """Raise unless a video can be written here: JobError for another suffix, OutputExists for a file that
+    --force does not move aside, FfmpegError without ffmpeg."""
     require_mp4(output, output.name, "-o")
     if disk.exists(output) and not context.force:
         raise OutputExists(
             "already exists", where=str(output), hint="--force moves it aside; or give -o another name."
         )
-    mp4.check_ffmpeg(record.shot.codec)
+    mp4.check_ffmpeg(codec)
+
+
+def find_checkpoint(model: ModelRecord, folder: Path | None, hashes: Path) -> Checkpoint:
+    """Find the checkpoint of a recorded model, or that of `folder`. Raises CheckpointError if its VAE is
+    another one."""
+    from wancli.weights.checkpoint import identify
+    from wancli.weights.fingerprint import fingerprint
+
     if folder:
         source = model_registry.resolve_model(str(folder), lambda *_: Path.cwd(), lambda *_: "--model")
     else:
-        source = manifest_body.checkpoint_location(record.model)
+        source = manifest_body.checkpoint_location(model)
     checkpoint = identify(source)
-    if fingerprint(checkpoint.vae_files, hashes) != record.model.sha256.vae:
+    if fingerprint(checkpoint.vae_files, hashes) != model.sha256.vae:
         raise CheckpointError(
             "not the VAE that this latent was planned with",
             where=str(checkpoint.vae_files[0]),
             hint="--model DIR names the checkpoint to decode with.",
         )
-    made_for = (checkpoint.variant.latent_channels, record.shot.width // checkpoint.variant.vae_stride)
-    if (z_CTYX.shape[0], z_CTYX.shape[3]) != made_for:
-        raise records.LATENT.damaged(path, f"the VAE reads no latent of {[*z_CTYX.shape]}")
-    prepare_device(record.model.device)
-    decode_latent(z_CTYX, record, output, load_vae(checkpoint, record.model.device), context)
-    return output
+    return checkpoint
+
+
+def require_decodable(
+    shape: Sequence[int], shot: ShotSettings, checkpoint: Checkpoint, kind: records.Kind, path: Path
+) -> None:
+    """Raise EntryError if the VAE does not decode a latent of this shape to the frames of the shot."""
+    variant, frames = checkpoint.variant, (shot.frames - 1) // 4 + 1
+    sides = (shot.height // variant.vae_stride, shot.width // variant.vae_stride)
+    if tuple(shape) != (variant.latent_channels, frames, *sides):
+        raise kind.damaged(path, f"the VAE reads no latent of {[*shape]}")
 
 
 def decode_latent(
@@ -155,30 +187,45 @@ def _write_video(
     kept: Mapping[int, str],
 ) -> PeakMemory:
     """Decode into an MP4 and measure that. The VAE is moved to the device of the attempt and back."""
-    import torch
-
     shot = record.shot
     home = next(vae.parameters()).device.type
     try:
         with oom_as_error("decode", f"shot {shot.id}"), PeakMemory() as peak:
             vae.to(attempt.device)
-            with torch.inference_mode(), context.progress.phase("decode", [shot.id], shot.frames) as bar:
-                chunks = vae.decode(z_CTYX.to(attempt.device), attempt.chunk)
-                frames = _rgb_frames(chunks, shot.id, output, context, bar)
-                mp4.write_mp4(
-                    keep_frames(frames, output, (shot.width, shot.height), kept),
-                    output,
-                    width=shot.width,
-                    height=shot.height,
-                    fps=shot.fps,
-                    frame_count=shot.frames,
-                    crf=shot.crf,
-                    codec=shot.codec,
-                    comment=mp4.shot_comment(shot.id, record.key),
-                )
+            comment = mp4.shot_comment(shot.id, record.key)
+            write_frames(z_CTYX, shot, output, vae, attempt, context, comment, kept)
     finally:
         vae.to(home)
     return peak
+
+
+def write_frames(
+    z_CTYX: Tensor,
+    shot: ShotSettings,
+    output: Path,
+    vae: VAE,
+    attempt: DecodeAttempt,
+    context: RenderContext,
+    comment: str,
+    kept: Mapping[int, str] = MappingProxyType({}),
+) -> None:
+    """Decode a latent with a VAE that is on the device of the attempt, and write the MP4."""
+    import torch
+
+    with torch.inference_mode(), context.progress.phase("decode", [shot.id], shot.frames) as bar:
+        chunks = vae.decode(z_CTYX.to(attempt.device), attempt.chunk)
+        frames = _rgb_frames(chunks, shot.id, output, context, bar)
+        mp4.write_mp4(
+            keep_frames(frames, output, (shot.width, shot.height), kept),
+            output,
+            width=shot.width,
+            height=shot.height,
+            fps=shot.fps,
+            frame_count=shot.frames,
+            crf=shot.crf,
+            codec=shot.codec,
+            comment=comment,
+        )
 
 
 def _rgb_frames(

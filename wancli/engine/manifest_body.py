@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from wancli import __version__
 from wancli.injection.area import Area, count_tokens
 from wancli.plan import backends, memory_estimate
+from wancli.plan.keys import hash_settings
 from wancli.plan.schedule import Placement
 from wancli.plan.shot import Prompt, Shot
 from wancli.resources.measure import PeakMemory
@@ -89,6 +90,15 @@ def continue_record(record: ShotRecord, shot: Shot, placement: Placement) -> Sho
     return now.model_copy(update={"model": ran, "phases": earlier})
 
 
+def with_video_settings(record: ShotRecord, video: Mapping[str, Any]) -> ShotRecord:
+    """Return the record of a latent with other values of `fps`, `crf` or `codec`, and the key that they
+    make, as in `Shot.key`."""
+    shot = record.shot.model_copy(update=dict(video))
+    settings = [record.model.sha256.vae, shot.decode_chunk, shot.fps, shot.crf, shot.codec]
+    key = hash_settings([record.latents_key, *settings])
+    return record.model_copy(update={"shot": shot, "key": key})
+
+
 def complete_record(
     record: ShotRecord, output: Path, peak: PeakMemory, *, device: str, chunk: int, fallback: bool
 ) -> Manifest:
@@ -132,6 +142,19 @@ def _planned(shot: Shot, placement: Placement) -> Record:
     return {
         "key": shot.key,
         "latents_key": shot.latents_key,
+        **describe_shot(shot, placement.batch_size),
+        "predicted": [
+            asdict(phase) | {"total": phase.total, "peak": memory_estimate.process_bytes(model) + phase.total}
+            for phase in memory_estimate.predict_phases(shot, placement.sample, placement.pictures)
+        ],
+        "versions": versions(),
+    }
+
+
+def describe_shot(shot: Shot, sharing: int = 1) -> Record:
+    """Return the settings of a shot, and the model, as records have them."""
+    model = shot.model
+    return {
         "shot": {
             "index": shot.index,
             "id": shot.id,
@@ -155,7 +178,7 @@ def _planned(shot: Shot, placement: Placement) -> Record:
             "crf": shot.crf,
             "codec": shot.codec,
             "decode_chunk": shot.decode_chunk,
-            "sharing": placement.batch_size,
+            "sharing": sharing,
         },
         "model": {
             "root": str(model.checkpoint.root),
@@ -179,11 +202,6 @@ def _planned(shot: Shot, placement: Placement) -> Record:
                 "vae": model.vae,
             },
         },
-        "predicted": [
-            asdict(phase) | {"total": phase.total, "peak": memory_estimate.process_bytes(model) + phase.total}
-            for phase in memory_estimate.predict_phases(shot, placement.sample, placement.pictures)
-        ],
-        "versions": versions(),
     }
 
 

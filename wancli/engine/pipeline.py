@@ -25,6 +25,7 @@ from wancli.engine.picture_stage import EncodedFrames, encode_frames
 from wancli.engine.preflight import (
     are_measurements_missing,
     lacks_measurements,
+    only_video_differs,
     output_exists_error,
     status_for_render,
 )
@@ -291,8 +292,9 @@ def _publish_video(
             if latent is None:
                 raise EntryError("gone or changed since this run began", where=str(shot.latents))
             kept = {frame: shot.frame_key(frame) for frame in shot.kept_frames}
+            keeps_latent = shot.keep_latents or _is_of_earlier_render(shot, context)
             body = decode_latent(*latent, shot.output, networks.vae, context, kept)
-            if not shot.keep_latents:
+            if not keeps_latent:
                 atomic.remove(shot.latents)
             atomic.remove(shot.state)
     except ClaimedElsewhere:
@@ -311,7 +313,7 @@ def _publish_video(
 def _load_saved_latent(shot: Shot, model_context: ModelContext) -> tuple[Tensor, ShotRecord] | None:
     """Load the latent that an earlier run left for this shot, whose video settings may have changed since."""
     force = model_context.context.force
-    if force and force.is_outdated(shot, "latents"):
+    if force and force.is_outdated(shot, "latents") and not only_video_differs(shot):
         return None
     said = tensor_file.read_record(shot.latents, ShotRecord)
     if said is not None and said.latents_key != shot.latents_key:
@@ -327,6 +329,11 @@ def _load_saved_latent(shot: Shot, model_context: ModelContext) -> tuple[Tensor,
         if disk.is_taken(shot.latents):
             model_context.context.progress.warn(f"{error}; shot {shot.id} is sampled again")
         return None
+
+
+def _is_of_earlier_render(shot: Shot, context: RenderContext) -> bool:
+    """Return whether the latent was kept by a finished render: with --force, older than this one."""
+    return context.force is not None and context.force.is_outdated(shot, "latents")
 
 
 def _save_unsaved(state: ShotState, context: RenderContext) -> None:

@@ -185,7 +185,9 @@ def status_for_render(shot: Shot, context: RenderContext) -> tuple[OutputStatus,
 def output_exists_error(shot: Shot, why: str) -> OutputExists:
     unknown = disk.is_taken(shot.manifest) and manifest.peek_key(shot.manifest) is None
     maker = "Nothing proves that this job made it" if unknown else "This job did not make it"
-    hint = f"{maker}: --force moves it aside; or change `output`."
+    decodes = only_video_differs(shot) and disk.is_taken(shot.latents)
+    again = " and decodes its latent again, without sampling" if decodes else ""
+    hint = f"{maker}: --force moves it aside{again}; or change `output`."
     return OutputExists(f"already exists: {why}", where=str(shot.output), hint=hint)
 
 
@@ -243,6 +245,13 @@ def _lacks_only_manifest(shot: Shot) -> bool:
         return manifest_body.verify_latent(shot.latents, shot.latent_shape).key == shot.key
     except EntryError:
         return False
+
+
+def only_video_differs(shot: Shot) -> bool:
+    """Return whether the finished video at the output has the latent of this shot, and other settings of
+    `video` or another VAE."""
+    record = manifest.read_if_usable(shot.manifest)
+    return record is not None and record.latents_key == shot.latents_key and record.key != shot.key
 
 
 def lacks_measurements(shot: Shot) -> bool:

@@ -212,6 +212,7 @@ def save_state(state: ShotState, phases: Sequence[Record] = ()) -> None:
         "format": 1,
         "latents_key": state.shot.latents_key,
         "output": state.shot.output.name,
+        **manifest_body.describe_shot(state.shot),
         "step": state.step,
         "measured": state.shot.measure,
         "read": sorted(state.reads),

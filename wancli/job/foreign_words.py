@@ -33,7 +33,7 @@ _NONE = {
         ("bits", "bit_depth", "pix_fmt", "format", "container", "prores", "dnxhd", "vp9", "av1", "ffv1"), _MP4
     ),
     **dict.fromkeys(
-        ("preview", "previews"), "wancli shows no previews; fewer sampler.steps make a quick look"
+        ("preview", "previews"), "`wancli decode NAME.state.safetensors --preview` shows a shot in progress"
     ),
     **dict.fromkeys(("audio", "sound", "audio_path"), "wancli renders no sound"),
     **dict.fromkeys(

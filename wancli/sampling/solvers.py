@@ -84,7 +84,8 @@ def _round_to_fp32(values: Iterable[float]) -> list[float]:
 
 
 def euler(sigmas: Sequence[float], i: int, state: State, v: Tensor) -> State:
-    return State(state.x + (sigmas[i + 1] - sigmas[i]) * v)
+    """Take Euler's step. It needs no history; the prediction of x0 is for previews of a saved state."""
+    return State(state.x + (sigmas[i + 1] - sigmas[i]) * v, (state.x - sigmas[i] * v,))
 
 
 def dpmpp(sigmas: Sequence[float], i: int, state: State, v: Tensor) -> State:

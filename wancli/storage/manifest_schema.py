@@ -221,12 +221,14 @@ class Manifest(ShotRecord):
 
 
 class SavedState(Data):
-    """The record of a saved state. `output` is missing in states of earlier versions."""
+    """The record of a saved state. `output`, `shot` and `model` are missing in states of earlier versions."""
 
     KIND: ClassVar[records.Kind] = records.STATE
     format: Literal[1]
     latents_key: str
     output: FileName | None = None
+    shot: ShotSettings | None = None
+    model: ModelRecord | None = None
     step: Annotated[int, Field(ge=1, le=1000)]
     measured: bool
     read: list[tuple[Step, Branch, Block]]

@@ -55,6 +55,7 @@ def _format_verdict(verdict: Verdict) -> Iterator[str]:
     yield from map(str, verdict.problems)
     yield from map(str, verdict.unreadable)
     yield from (f"orphan, no manifest: {path}" for path in verdict.orphans)
+    yield from (f"stray, of no comparison: {path}" for path in verdict.strays)
     yield from (f"left by a dead process: {path}" for path in verdict.debris)
     kinds = {"video": verdict.videos, "latent": verdict.latents, "state": verdict.states}
     verified = ", ".join(pluralize(count, what) for what, count in kinds.items())

@@ -10,18 +10,18 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from wancli.engine import attention_stage, manifest_body, output_diff, shot_state
 from wancli.errors import EntryError, FfmpegError, Unreadable
-from wancli.storage import claim_file, disk, manifest, records
+from wancli.storage import claim_file, disk, manifest, records, sidecars
 from wancli.storage.claims import claim_path
 from wancli.storage.manifest import Problem
 from wancli.storage.manifest_schema import Manifest
-from wancli.storage.report_schema import ReportRecord
+from wancli.storage.report_schema import COMPARISON_SCHEMA, ComparisonRecord, ReportRecord
 from wancli.video import mp4
 
 if TYPE_CHECKING:
@@ -30,9 +30,12 @@ if TYPE_CHECKING:
 _MANIFEST, _LATENT, _STATE, _VIDEO = ".manifest.json", ".latents.safetensors", ".state.safetensors", ".mp4"
 _KINDS = (_MANIFEST, _LATENT, _STATE, _VIDEO)
 _MOVED_ASIDE = re.compile(r"\.(old|damaged)-\d+\.[a-z0-9]+$")
+_COMPARISON = re.compile(r"\.compare(-\d+)?\.(mp4|png)$")
 _OF_VIDEOS = re.compile(r"\.(compare(-\d+)?|attention)\.mp4$")  # made from videos of shots
 _TEMP_FILE = re.compile(r"\.wancli-.*\.tmp$")
 
+_GONE = "is gone; "
+_OTHERS = ("missing", "orphans", "strays", "aside", "debris")  # files that are listed and no problem
 InScope = Callable[[Path], bool]  # whether an output is one to be looked at
 
 
@@ -47,6 +50,7 @@ class Verdict:
     unreadable: list[Problem] = field(default_factory=list)  # files and folders that may be sound
     missing: list[Path] = field(default_factory=list)  # outputs of a job that were not rendered yet
     orphans: list[Path] = field(default_factory=list)  # videos without a manifest
+    strays: list[Path] = field(default_factory=list)  # pictures that no comparison lists any more
     aside: list[Path] = field(default_factory=list)  # files that --force, or damage, moved aside
     debris: list[Path] = field(default_factory=list)  # files that dead processes left, claims among them
 
@@ -65,7 +69,7 @@ class Verdict:
             "verified": {"videos": self.videos, "latents": self.latents, "states": self.states},
             "problems": [problem.as_dict() for problem in self.problems],
             "unreadable": [problem.as_dict() for problem in self.unreadable],
-            **{name: [*map(str, getattr(self, name))] for name in ("missing", "orphans", "aside", "debris")},
+            **{name: [*map(str, getattr(self, name))] for name in _OTHERS},
         }
 
 
@@ -123,6 +127,7 @@ def _check_paths(
     paths: list[Path], expected: Mapping[Path, Shot], in_scope: InScope, deep: bool, verdict: Verdict
 ) -> None:
     outputs: set[Path] = set()
+    verdict.strays += _stray_pictures(paths, verdict)
     for path in paths:
         with verdict.note_unreadable():
             _check_path(path, expected, in_scope, outputs, verdict)
@@ -134,8 +139,33 @@ def _check_paths(
     verdict.missing += [
         output for output in expected if output not in outputs | broken and output.parent not in hidden
     ]
-    verdict.problems = sorted(dict.fromkeys(verdict.problems))
+    verdict.problems = _without_repeats(verdict.problems)
     verdict.unreadable = sorted(dict.fromkeys(verdict.unreadable))
+
+
+def _without_repeats(problems: Iterable[Problem]) -> list[Problem]:
+    """Sort the problems. That a video is gone is told by its manifest and by the report: the latter, which
+    names the report, stays."""
+    unique = sorted(dict.fromkeys(problems))
+    told = {problem.path for problem in unique if problem.text.startswith(_GONE)}
+    return [
+        one for one in unique if one.path not in told or one.text.startswith(_GONE) or disk.is_taken(one.path)
+    ]
+
+
+def _stray_pictures(paths: Iterable[Path], verdict: Verdict) -> list[Path]:
+    """Return the sheets and videos side by side that no comparison beside them lists.
+
+    `wancli compare -o` may have written one under such a name; then it is listed, too.
+    """
+    pictures = [path for path in paths if _COMPARISON.search(path.name)]
+    listed: set[Path] = set()
+    for path in paths if pictures else []:
+        if path.name.endswith(".compare.json"):
+            with verdict.note_unreadable(), suppress(EntryError):
+                if record := sidecars.read_document(path, COMPARISON_SCHEMA, ComparisonRecord):
+                    listed |= {path.parent / file.path for file in record.files}
+    return [path for path in pictures if path not in listed]
 
 
 def _check_path(
@@ -247,7 +277,7 @@ def _report_problems(path: Path, in_scope: InScope) -> Iterator[Problem]:
     for entry in shots:
         output = Path(entry.output)
         if entry.status in ("rendered", "already done") and in_scope(output):
-            text = f"is gone; {path.name} has it as {entry.status}"
+            text = f"{_GONE}{path.name} has it as {entry.status}"
             if not disk.exists(output):
                 yield Problem(output, text)
             if not _has_manifest(output):

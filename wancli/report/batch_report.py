@@ -14,6 +14,7 @@ from wancli.engine.manifest_body import versions
 from wancli.errors import EntryError, Unreadable
 from wancli.plan import throughput
 from wancli.plan.picture_entries import entry_values
+from wancli.report import earlier_shots
 from wancli.report.shot_entry import ShotEntry
 from wancli.storage import atomic, disk, manifest, sidecars
 from wancli.storage.report_schema import REPORT_SCHEMA as SCHEMA
@@ -96,7 +97,8 @@ def _resumed_from_latent(record: Manifest) -> bool:
 def write_report(plan: Plan, report: Report) -> Path:
     """Write `{job}.report.json` into the folder that the outputs of the job share, or that of the first.
 
-    An earlier report is replaced, except for the entries of shots that were not selected. Another program's
+    An earlier report is replaced, except for the entries of shots that were not selected, or that the job has
+    no more while their videos are there. Another program's
     file of that name is moved aside, and so is one that cannot be read, with a warning.
     """
     path, earlier = report_path(plan), None
@@ -112,6 +114,9 @@ def write_report(plan: Plan, report: Report) -> Path:
         outputs = [(shot, str(shot.output)) for shot in plan.all_shots]
         shots = [selected.get(name) or _unselected_entry(shot, known.get(name)) for shot, name in outputs]
         report = replace(report, shots=shots)
+    ids, outputs_now = {shot.id for shot in plan.all_shots}, {str(shot.output) for shot in plan.all_shots}
+    kept = earlier_shots.earlier_entries(earlier.shots if earlier else [], ids, outputs_now)
+    report = replace(report, shots=[*report.shots, *kept])
     # Names of files that are not UTF-8 arrive as lone surrogates.
     text = json.dumps(report.as_dict(), ensure_ascii=False, indent=2) + "\n"
     atomic.replace(path, text.encode(errors="backslashreplace"))

@@ -16,10 +16,10 @@ from typing import TYPE_CHECKING, TypeAlias
 
 from wancli import __version__
 from wancli.engine.context import RenderContext
-from wancli.errors import EntryError, JobError, Stopped, Unreadable, WancliError
-from wancli.report import comparison_metrics
+from wancli.errors import EntryError, JobError, NoSuchFile, Stopped, Unreadable, WancliError
+from wancli.report import comparison_metrics, earlier_shots
 from wancli.report.comparison_metrics import JsonObject
-from wancli.storage import disk, manifest, sidecars
+from wancli.storage import atomic, disk, manifest, sidecars
 from wancli.storage.report_schema import COMPARISON_SCHEMA as SCHEMA
 from wancli.storage.report_schema import ComparisonRecord
 from wancli.video import clip, contact_sheet, side_by_side
@@ -183,15 +183,18 @@ def _compare_shots(plan: Plan, wanted: Comparison, context: RenderContext) -> No
     if missing := len(wanted.baselines) - len(finished):
         context.progress.warn(f"{missing} of {len(wanted.baselines)} shots are not done, and not compared")
     path = plan.sidecar_path("compare.json")
-    key = _comparison_key(done, wanted)
+    shown_before = earlier_shots.read_earlier_comparison(path)
+    earlier = earlier_shots.earlier_clips(path, shown_before, plan.all_shots)
+    key = _comparison_key(done, wanted, earlier)
     if _is_current(path, key):
         return
     # A manifest may be of a time when the shot had another id.
-    clips = [
-        replace(one, id=shot.id) for one, shot in zip(clip.read_clips([shot.output for shot in done]), done)
-    ]
+    ids = [*(shot.id for shot in done), *(one.id for one in earlier)]
+    videos = [*(shot.output for shot in done), *(one.output for one in earlier)]
+    clips = [replace(one, id=id) for one, id in zip(clip.read_clips(videos), ids, strict=True)]
     by_id = {one.id: one for one in clips}
-    baselines = {id: by_id[other] for id in by_id if (other := wanted.baselines[id])}
+    pairs = {id: wanted.baselines[id] for id in ids[: len(done)]} | {one.id: one.baseline for one in earlier}
+    baselines = {id: by_id[other] for id, other in pairs.items() if other in by_id}
     clips = _move_baselines_ahead(clips, baselines)
     baseline = by_id.get(wanted.default_baseline, next(iter(baselines.values()), clips[0]))
     png, mp4 = path.with_suffix(".png"), path.with_suffix(".mp4")
@@ -210,7 +213,22 @@ def _compare_shots(plan: Plan, wanted: Comparison, context: RenderContext) -> No
         "files": [manifest.file_record(one, path.parent) for one in files.paths],
     }
     _write_document(path, document)
-    context.progress.note(f"compared: {', '.join(str(one) for one in (path, *files.paths))}")
+    _remove_old_pieces(path, shown_before, files.paths)
+    count = f"{len(done)} of {len(wanted.baselines)} shots"
+    count += f", and {len(earlier)} of earlier runs of this job that are still there" if earlier else ""
+    context.progress.note(f"compared {count}: {', '.join(str(one) for one in (path, *files.paths))}")
+
+
+def _remove_old_pieces(path: Path, earlier: ComparisonRecord | None, paths: Sequence[Path]) -> None:
+    """Remove the sheets and videos of an earlier comparison that the new one does not have, unless somebody
+    changed them since."""
+    for file in earlier.files if earlier else []:
+        piece = path.parent / file.path
+        try:
+            if piece not in paths and disk.is_file(piece) and disk.sha256(piece) == file.sha256:
+                atomic.remove(piece)
+        except (Unreadable, NoSuchFile):
+            continue
 
 
 def _move_baselines_ahead(clips: Sequence[Clip], baselines: Mapping[str, Clip]) -> list[Clip]:
@@ -237,13 +255,17 @@ def _write_document(path: Path, document: JsonObject) -> None:
     sidecars.write_sidecar(path, text.encode(errors="backslashreplace"), SCHEMA.encode(), 100)
 
 
-def _comparison_key(shots: Sequence[Shot], wanted: Comparison) -> str:
+def _comparison_key(
+    shots: Sequence[Shot], wanted: Comparison, earlier: Sequence[earlier_shots.EarlierClip]
+) -> str:
     """Hash everything that a comparison of finished shots depends on."""
     records = [manifest.read(shot.manifest) for shot in shots]
     files = [[file.as_dict() for file in record.files] if record else [] for record in records]
     videos = [[shot.id, listed, disk.exists(shot.latents)] for shot, listed in zip(shots, files)]
     requested = [[wanted.baselines[shot.id] for shot in shots], wanted.sheet, wanted.video]
-    return hashlib.sha256(json.dumps([SCHEMA, __version__, requested, videos]).encode()).hexdigest()
+    more = [[one.id, one.baseline, [file.as_dict() for file in one.record.files]] for one in earlier]
+    made_of = [SCHEMA, __version__, requested, videos, *([more] if more else [])]
+    return hashlib.sha256(json.dumps(made_of).encode()).hexdigest()
 
 
 def _is_current(path: Path, key: str) -> bool:

@@ -9,6 +9,7 @@ import re
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -26,6 +27,7 @@ from jobs import (
     break_videos_of_5_frames,
     change_tensors,
     checkpoint,
+    manifest_of,
     rule,
     run_wancli,
     tiny_job,
@@ -73,26 +75,28 @@ def surface(command: Any, name: str = "wancli") -> list[str]:
 def test_these_are_all_commands_and_options_and_a_new_one_is_added_here_on_purpose() -> None:
     assert surface(typer.main.get_command(cli.app)) == [
         "wancli --version --install-completion --show-completion",
-        "wancli render JOB --prompt --image -o/--output --set --sweep --items --pick --shard --save-every"
-        " --fail-fast --max-failures --retries --no-wait --engine --address --cpus-per-worker --force --json"
-        " --json-stream --cache-dir --socket --log-level --progress -q/--quiet",
+        "wancli render JOB --prompt --image -o/--output --model --negative --size --frames --steps --seed"
+        " --save-job --set --sweep --items --pick --shard --save-every --fail-fast --max-failures --retries"
+        " --no-wait --engine --address --cpus-per-worker --force --json --json-stream --cache-dir --socket"
+        " --log-level --progress -q/--quiet",
         "wancli new sweep|render|chain|injection",
         "wancli plan JOB -v/--verbose --memory --set --sweep --items --pick --shard --json --cache-dir",
-        "wancli status JOB --set --sweep --items --pick --shard --json --cache-dir",
+        "wancli status JOB --set --sweep --items --pick --shard --watch --json --cache-dir",
         "wancli check DIR|JOB --deep --set --sweep --items --pick --shard --json --cache-dir",
         "wancli schema --events",
-        "wancli encode JOB|PROMPT... --toward --away --cache/--no-cache --out --model --max-tokens --truncate"
-        " --set --sweep --items --pick --shard --json --cache-dir --progress -q/--quiet",
-        "wancli decode NAME.latents.safetensors -o/--output --model --force --json --progress -q/--quiet",
+        "wancli encode JOB|PROMPT... --toward --away --cache/--no-cache --out --model --max-tokens"
+        " --truncate --set --sweep --items --pick --shard --json --cache-dir --progress -q/--quiet",
+        "wancli decode FILE -o/--output --set --preview --model --force --json --progress -q/--quiet",
         "wancli diff A B --file --model --dit/--no-dit --set --sweep --items --pick --shard --json"
         " --cache-dir -q/--quiet",
         "wancli attention VIDEO|LATENT --word --sigmas --blocks --prompt -o/--output --force --json"
         " --cache-dir --progress -q/--quiet",
-        "wancli probe JOB --method --levels --ranges --shot -o/--output --set --json --cache-dir --progress"
-        " -q/--quiet",
+        "wancli probe JOB --method --levels --ranges --by --shot -o/--output --set --json --cache-dir"
+        " --progress -q/--quiet",
         "wancli compare VIDEO... -o/--output --video --baseline --json --progress -q/--quiet",
         "wancli report DIR|JOB -o/--output --csv --cache-dir",
         "wancli explore MODEL -o/--output",
+        "wancli fetch REPOSITORY... --list --dry-run --json --cache-dir --progress -q/--quiet",
         "wancli inspect FILE-OR-FOLDER --deep --json",
         "wancli errors --json",
         "wancli serve JOB --socket --idle --daemonize --wait-ready --stop --set --cache-dir",
@@ -134,7 +138,10 @@ def test_the_version_is_all_that_version_prints(say: Any) -> None:
         (["foo"], "No such command 'foo'."),
         (["plan"], "Missing argument 'JOB'."),
         (["render", "a.yaml", "b.yaml"], "Got unexpected extra argument(s) (b.yaml)"),
-        (["render", "a.yaml", "--farce"], "No such option: --farce (Possible options: --address, --force)"),
+        (
+            ["render", "a.yaml", "--farce"],
+            "No such option: --farce (Possible options: --address, --force, --frames)",
+        ),
         (["render", "a.yaml", "--log-level", "loud"], "Invalid value for '--log-level': "),
         (["render", "a.yaml", "--progress", "x"], "Invalid value for '--progress': "),
         (["encode", "x", "--max-tokens", "many"], "Invalid value for '--max-tokens': "),
@@ -153,7 +160,7 @@ def test_a_wrong_command_line_is_one_line_and_a_hint(say: Any, arguments: list[s
 
 
 def test_an_option_that_is_a_key_of_a_job_is_told_how_to_set(say: Any) -> None:
-    result = say("render", "a.yaml", "--model", "DIR")
+    result = say("plan", "a.yaml", "--model", "DIR")
     assert result.err.splitlines()[1:] == ["  model is a key of a job: --set model=VALUE sets it."]
 
 
@@ -168,8 +175,38 @@ def test_an_option_that_is_a_key_of_a_job_is_told_how_to_set(say: Any) -> None:
     ],
 )
 def test_an_option_of_another_program_has_no_wrong_neighbours(say: Any, option: str, hint: str) -> None:
-    said = say("render", "a.yaml", option, "5")
+    said = say("plan", "a.yaml", option, "5")
     assert said.err == f"wancli: No such option: {option}\n  {hint}\n"
+
+
+# ---- the keys that people say most ----
+
+
+def test_keys_said_as_options_are_those_of_the_job_that_is_saved(
+    quick: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    keys = [*f"--size 64x64 --frames 5 --steps 1 --seed 7 --model {quick} --negative".split(), ""]
+    say = partial(run_wancli, capsys, "render")
+    said = say("--prompt", "A cat: 'grey' #1", *keys, "-o", "out/cat.mp4", "--save-job", "cat.yaml")
+    assert said.code == 0, said.err
+    assert yaml.safe_load(Path("cat.yaml").read_text()) == {
+        "prompt": "A cat: 'grey' #1",
+        "output": "out/cat.mp4",
+        "model": str(quick),
+        "negative": "",
+        "size": "64x64",
+        "frames": 5,
+        "sampler": {"steps": 1},
+        "seed": 7,
+    }
+    assert manifest_of(tmp_path, "cat")["shot"]["seed"] == 7
+    assert "1 already done" in say("cat.yaml").err
+    assert say("cat.yaml", "--seed", "8", "-o", "other.mp4").code == 0
+    assert say("--prompt", "Another", *keys, "--save-job", "cat.yaml").code == 2  # never over another file
+    assert say("--prompt", "Another", *keys, "--save-job", "../cat.yaml").code == 2
+    both = say("cat.yaml", "--steps", "2", "--set", "sampler.steps=3")
+    assert both.err.startswith("wancli: --steps and --set sampler.steps set the same key\n")
 
 
 # ---- completion ----

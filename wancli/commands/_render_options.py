@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import PurePath
+from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -37,7 +38,7 @@ from wancli.commands._options import (
     Socket,
     Sweeps,
 )
-from wancli.errors import JobError
+from wancli.errors import JobError, UsageError
 
 if TYPE_CHECKING:
     from wancli.engine.outcome import FailurePolicy
@@ -53,7 +54,10 @@ class RenderOptions:
     )
     prompt: Annotated[
         str | None,
-        typer.Option(metavar="TEXT", help="Instead of a job: render one video of this prompt with wan-mini."),
+        typer.Option(
+            metavar="TEXT",
+            help="Instead of a job: render one video of this prompt, with wan-mini or --model.",
+        ),
     ] = None
     image: Annotated[
         str | None,
@@ -67,6 +71,19 @@ class RenderOptions:
             metavar="FILE|DIR",
             help="The video of --prompt, default {slug}.mp4; or the folder of a job's videos, named by id.",
         ),
+    ] = None
+    model: Annotated[
+        str | None,
+        typer.Option(metavar="MODEL", help="A folder, a file, or a name, as `model` in a job."),
+    ] = None
+    negative: Annotated[str | None, typer.Option(metavar="TEXT", help="The negative prompt.")] = None
+    size: Annotated[str | None, typer.Option(metavar="WxH", help="Width and height: 832x480.")] = None
+    frames: Annotated[int | None, typer.Option(metavar="N", help="4n+1 frames: 33.")] = None
+    steps: Annotated[int | None, typer.Option(metavar="N", help="Steps of the sampler.")] = None
+    seed: Annotated[int | None, typer.Option(metavar="N", help="The seed of the noise.")] = None
+    save_job: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="With --prompt: also write the job that this command line means."),
     ] = None
     sets: Sets = None
     sweeps: Sweeps = None
@@ -108,12 +125,25 @@ class RenderOptions:
     @property
     def flags(self) -> CliOverrides:
         """The options that change the job, and choose from its shots."""
-        sets = [*(self.sets or [])]
+        sets = [*self._key_settings(), *(self.sets or [])]
         if self.save_every is not None:
             sets.append(f"save_every={self.save_every}")
         if self.job is not None and self.output is not None:
             sets.append(f"output={_name_job_outputs(self.output)}")
         return collect_flags(sets, self.sweeps, self.items, self.shard, self.picks)
+
+    def _key_settings(self) -> Iterator[str]:
+        """Yield what the options that are keys of a job set. Raises UsageError if --set has one, too."""
+        texts = {"model": self.model, "negative": self.negative, "size": self.size}
+        numbers = {"frames": self.frames, "sampler.steps": self.steps, "seed": self.seed}
+        said = {key: json.dumps(text, ensure_ascii=False) for key, text in texts.items() if text is not None}
+        said |= {key: str(number) for key, number in numbers.items() if number is not None}
+        keys = [text.partition("=")[0].strip() for text in self.sets or []]
+        for key, value in said.items():
+            if key in keys:
+                option = f"--{key.removeprefix('sampler.')}"
+                raise UsageError(f"{option} and --set {key} set the same key", hint="Give one of them.")
+            yield f"{key}={value}"
 
     @property
     def failure_policy(self) -> FailurePolicy:

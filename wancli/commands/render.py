@@ -74,8 +74,14 @@ def _load_job_or_prompt(options: RenderOptions) -> JobFile:
     from wancli.job.loader import build_prompt_job
 
     if options.prompt is not None and options.job is None:
-        return build_prompt_job(options.prompt, options.image, options.output or "{slug}.mp4", options.flags)
-    if options.job is None or options.prompt is not None or options.image is not None:
+        output = options.output or "{slug}.mp4"
+        jobs = build_prompt_job(options.prompt, options.image, output, options.flags)
+        if options.save_job is not None:
+            from wancli.job.prompt_job import save_prompt_job
+
+            save_prompt_job(options.save_job, options.prompt, options.image, output, options.flags)
+        return jobs
+    if options.job is None or options.prompt is not None or options.image is not None or options.save_job:
         raise JobError(
             "give a job file, or --prompt",
             hint='wancli render JOB, or wancli render --prompt "A red circle drifts to the left" -o out.mp4',

@@ -12,6 +12,7 @@ from wancli.progress import make_printable
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
+    from rich.style import StyleType
     from rich.table import Table
 
 NARROW, WIDE = 60, 1000  # columns: below NARROW, cells would be folded letter by letter
@@ -57,10 +58,23 @@ def _rows_as_lists(table: Table) -> Iterator[str]:
 
 
 def create_table(*columns: str) -> Table:
-    """Create a table without lines; `>` before a heading aligns its column to the right."""
+    """Create a table without lines; `>` before a heading aligns its column to the right.
+
+    Control characters in its cells are printed as `\\x1b`.
+    """
     from rich.table import Table
 
-    table = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))
+    class PrintableTable(Table):
+        def add_row(
+            self,
+            *cells: RenderableType | None,
+            style: StyleType | None = None,
+            end_section: bool = False,
+        ) -> None:
+            printable = (make_printable(cell) if isinstance(cell, str) else cell for cell in cells)
+            super().add_row(*printable, style=style, end_section=end_section)
+
+    table = PrintableTable(box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))
     for column in columns:
         table.add_column(
             column.removeprefix(">"), justify="right" if column.startswith(">") else "left", overflow="fold"

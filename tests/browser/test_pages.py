@@ -490,3 +490,17 @@ def test_an_explored_model_follows_its_controls(browser: Any, tmp_path: Path) ->
     assert variants.T2V_14B.stride == 16
     Select(one(driver, "#set-dtype")).select_by_value("bf16")
     assert "in bf16" in one(driver, "#parts thead").text
+
+
+def test_the_steps_of_a_cache_are_drawn(browser: Any, quick: Path, tmp_path: Path) -> None:
+    cached = {"sampler": {"steps": 12}, "cache": {"table": "Wan2.1-T2V-1.3B"}, "measure": False}
+    found = pages.render(tmp_path, quick, items=[{"id": "fast"}], **cached)
+    assert cli.run(["report", str(found)]) == 0
+    driver = browser.open(found / "report.html")
+    reused = pages.entries(found, "fast")["shot"]["cache"]["reused"]
+    assert reused["cond"]
+    lines = [
+        f"{branch:<7}" + "".join("·" if step in steps else "█" for step in range(12))
+        for branch, steps in reused.items()
+    ]
+    assert one(driver, "#cache-strip").get_attribute("textContent") == "\n".join(lines)

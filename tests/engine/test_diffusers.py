@@ -5,6 +5,8 @@ Letters of shapes: N tokens of a prompt, E text width, C T Y X latent channels, 
 
 from __future__ import annotations
 
+import copy
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -13,12 +15,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanPipeline, WanTransformer3DModel
+from diffusers.hooks import MagCacheConfig, apply_mag_cache
 from jobs import CAT, FISH, SPIECE, latents_of, manifest_of, rule, run_wancli, tiny_job, words, write_job
 from oracles import relative_error
 from sentencepiece import SentencePieceProcessor
 from torch import Tensor
 from transformers import UMT5Config, UMT5EncoderModel
 
+import wancli
 from wancli.sampling.solvers import build_sigma_schedule
 from wancli.video import mp4
 from wancli.weights.checkpoint import identify
@@ -154,3 +158,34 @@ def test_a_pipeline_saved_in_shards_is_the_same_pipeline(saved: Saved, tmp_path:
     body = manifest_of(tmp_path / "shards")
     assert (body["model"]["sizes"]["num_heads"], body["model"]["sizes"]["num_layers"]) == (2, 3)
     assert body["injection"][0]["hits_by_block"] == {"2": STEPS}
+
+
+def test_a_cached_shot_is_that_of_diffusers_with_its_hooks(
+    saved: Saved, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    steps, name = 20, "Wan2.1-T2V-1.3B"
+    said = job(saved, frames=5, prompt=CAT, cache={"table": name}) | {
+        "sampler": {"steps": steps, "solver": "euler", "shift": SHIFT, "guidance": 5.0}
+    }
+    assert run_wancli(capsys, "render", write_job(tmp_path, said), "-q").code == 0
+    found = latents_of(tmp_path)
+    schedule = build_sigma_schedule("euler", steps, SHIFT)
+    contexts = {"cond": saved.context(CAT), "uncond": saved.context(NEGATIVE)}
+
+    def sample(transformer: WanTransformer3DModel) -> Tensor:
+        x = torch.randn(found.shape, generator=torch.Generator().manual_seed(SEED))[None]
+        for i, t in enumerate(schedule.timesteps):
+            v = {}
+            for branch, text in contexts.items():
+                with transformer.cache_context(branch):
+                    v[branch] = transformer(x, torch.tensor([t]), text).sample
+            guided = v["uncond"] + 5.0 * (v["cond"] - v["uncond"])
+            x = x + (schedule.sigmas[i + 1] - schedule.sigmas[i]) * guided
+        return x[0]
+
+    ratios = json.loads((Path(wancli.__file__).parent / "assets" / "magcache.json").read_text())[name]["cond"]
+    cached = copy.deepcopy(saved.transformer)
+    apply_mag_cache(cached, MagCacheConfig(0.12, 4, 0.2, num_inference_steps=steps, mag_ratios=ratios))
+    with torch.inference_mode():
+        assert relative_error(found, sample(cached)) < 1e-4
+        assert relative_error(found, sample(saved.transformer)) > 1e-2

@@ -185,7 +185,7 @@ def test_a_lora_of_the_second_expert_does_not_prevent_sharing_the_steps_of_the_f
         use = SimpleNamespace(sha256="ab", strength=1, blocks=None, expert=expert, steps=None)
         said = {name: getattr(plain, name) for name in ("solver", "steps", "shift", "seed", "latent_shape")}
         told = {"loras": [use] if expert else [], "stages": stages, "table": plain.table}
-        unset = {"measure": False, "attention": None, "pictures": None}
+        unset = {"measure": False, "attention": None, "pictures": None, "reused": frozenset()}
         return SimpleNamespace(**said, **told, **unset, index=index, noise=noise)
 
     tree = PrefixTree()

@@ -28,7 +28,7 @@ def test_sampling_resumes_from_the_file_bit_for_bit(solver: str, done: int, tmp_
     start = State(torch.randn(16, 1, 4, 6, generator=torch.Generator().manual_seed(1)))
     expected = walked(solver, range(4), start)
     state_file.save_state(tmp_path / "s", walked(solver, range(done), start), RECORD)
-    state, record, _ = state_file.load_state(tmp_path / "s")
+    state, record, *_ = state_file.load_state(tmp_path / "s")
     assert record == RECORD
     assert torch.equal(walked(solver, range(done, 4), state).x, expected.x)
 

@@ -188,8 +188,19 @@ def _make_run(
     effects: list[Effect] | None = [] if shot.measure else None
     given = frames[shot.index].frames.to(shot.model.device) if shot.pictures else NO_FRAMES
     maps = state.attention and state.attention.to(shot.model.device)
+    residuals = {branch: kept.to(shot.model.device) for branch, kept in state.residuals.items()}
     return denoise.DenoiseRun(
-        solver_state, shot.sigma_schedule, shot.solver, shot.table, contexts, stage, effects, given, maps
+        solver_state,
+        shot.sigma_schedule,
+        shot.solver,
+        shot.table,
+        contexts,
+        stage,
+        effects,
+        given,
+        maps,
+        shot.reused,
+        residuals,
     )
 
 
@@ -203,6 +214,7 @@ def _record_step(
         state.fail(failure)
         return
     state.step, state.solver_state, state.attention = result.step, result.state, result.attention
+    state.residuals = result.residuals
     state.reads |= result.cells_read
     state.first_step_after = state.first_step_after or manifest_body.seconds_since(context.started_at)
     if run.effects:
@@ -226,7 +238,7 @@ def finish_latent(
 
     shot = state.shot
     assert state.solver_state is not None
-    check_hits(shot.table, frozenset(state.reads))
+    check_hits(shot.table, frozenset(state.reads), shot.reused)
     z_CTYX = state.solver_state.x
     maps = attention_stage.write_maps(shot.attention_maps, state.attention, shot) if state.attention else None
     record = manifest_body.build_record(

@@ -179,6 +179,7 @@ def describe_shot(shot: Shot, sharing: int = 1) -> Record:
             "codec": shot.codec,
             "decode_chunk": shot.decode_chunk,
             "sharing": sharing,
+            **({"cache": shot.cache.as_dict()} if shot.cache else {}),
         },
         "model": {
             "root": str(model.checkpoint.root),
@@ -253,7 +254,7 @@ def _rule_records(
     cells = set(reads)
     described = []
     of_prompts = iter(differences)
-    for rule, planned in zip(shot.rules, shot.table.changed_cells):
+    for rule, planned in zip(shot.rules, shot.planned_cells):
         hits = [cell for cell in planned if cell in cells]
         described.append(
             {
@@ -291,7 +292,7 @@ def _emphasis_records(shot: Shot, reads: Iterable[tuple[int, str, int]]) -> list
             "hits": sum(cell in cells for cell in planned),
             **({"area": _area_record(rule.area, shot)} if rule.area else {}),
         }
-        for rule, planned in zip(shot.emphasis, shot.table.changed_cells[len(shot.rules) :])
+        for rule, planned in zip(shot.emphasis, shot.planned_cells[len(shot.rules) :])
     ]
 
 
@@ -308,9 +309,7 @@ def _steer_records(shot: Shot, reads: Iterable[tuple[int, str, int]]) -> list[Re
             "hits": sum(cell in cells for cell in planned),
             **({"area": _area_record(rule.area, shot)} if rule.area else {}),
         }
-        for rule, planned in zip(
-            shot.steering, shot.table.changed_cells[len(shot.rules) + len(shot.emphasis) :]
-        )
+        for rule, planned in zip(shot.steering, shot.planned_cells[len(shot.rules) + len(shot.emphasis) :])
     ]
 
 

@@ -78,6 +78,9 @@ def _diff(record: ShotRecord, shot: Shot) -> Iterator[Difference]:
     for key, (old, new) in values.items():
         if old != new:
             yield key, str(old), str(new)
+    reused = dict(shot.cache.steps) if shot.cache and shot.reused else {}
+    if reused != (recorded.cache.reused if recorded.cache and any(recorded.cache.reused.values()) else {}):
+        yield "cache", "", ""
     yield from _diff_rules(record, shot)
     yield from _diff_emphasis(record, shot)
     yield from _diff_steering(record, shot)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from enum import Enum
@@ -57,7 +57,8 @@ class ShotState:
     solver_state: State | None = None  # in host memory; None before the first step and once it is over
     reads: set[tuple[int, Branch, int]] = field(default_factory=set)
     effects: list[Record] = field(default_factory=list)
-    attention: AttentionMaps | None = None  # with the solver's state, and as long
+    attention: AttentionMaps | None = None  # with the solver's state, and as long,
+    residuals: Mapping[Branch, Tensor] = field(default_factory=dict)  # and those that the next step reuses
     differences: list[Record] = field(default_factory=list)
     phases: list[Record] = field(default_factory=list)
     first_step_after: float = 0.0  # seconds after the start of the process
@@ -86,6 +87,7 @@ class ShotState:
         """Move what the steps have left to host memory."""
         self.solver_state = self.solver_state and self.solver_state.to("cpu")
         self.attention = self.attention and self.attention.to("cpu")
+        self.residuals = {branch: self.residuals[branch].to("cpu") for branch in self.residuals}
 
     def add_phases(self, phases: Iterable[Record]) -> None:
         """Add records that it does not have; a network that several segments use was loaded once."""
@@ -113,7 +115,7 @@ class ShotState:
         self.status, self.fork = Status.RUNNING, None
         self.step, self.solver_state = other.step, other.solver_state
         self.reads, self.effects, self.phases = set(other.reads), list(other.effects), list(other.phases)
-        self.attention = other.attention
+        self.attention, self.residuals = other.attention, other.residuals
         self.first_step_after = other.first_step_after
         self.started_at, self.unsaved_since = other.started_at, other.started_at
 
@@ -127,10 +129,11 @@ def load_or_start(shot: Shot, context: RenderContext) -> ShotState:
     if context.force and context.force.is_outdated(shot, "state"):
         remove_state(shot)
     try:
-        solver_state, saved, attention_GSWL = load_state(shot.state, shot.latent_shape)
+        solver_state, saved, attention_GSWL, residuals = load_state(shot.state, shot.latent_shape)
         if not _belongs_to(shot, saved):
             raise EntryError("the state of another render", where=str(shot.state))
         attention = _resume_maps(shot, attention_GSWL)
+        _require_residuals(shot, saved.step, residuals)
     except EntryError as error:
         if atomic.move_aside(shot.state):
             context.progress.warn(f"{error}; moved aside, shot {shot.id} starts again")
@@ -142,6 +145,7 @@ def load_or_start(shot: Shot, context: RenderContext) -> ShotState:
         reads=set(saved.read),
         effects=[effect.as_dict() for effect in saved.effects],
         attention=attention,
+        residuals=residuals,
         differences=[difference.as_dict() for difference in saved.differences],
         phases=manifest_body.mark_earlier(phase.as_dict() for phase in saved.phases),
         saved_step=saved.step,
@@ -160,6 +164,14 @@ def _resume_maps(shot: Shot, sums_GSWL: Tensor | None) -> AttentionMaps | None:
     return AttentionMaps(shot.attention, sums_GSWL)
 
 
+def _require_residuals(shot: Shot, step: int, residuals: Mapping[Branch, Tensor]) -> None:
+    """Raise EntryError if residuals of a saved state are not those that the shot reuses at its next step."""
+    wanted = {branch for i, branch in shot.reused if i == step}
+    shape = (1, shot.tokens, shot.model.checkpoint.transformer_config.dim)
+    if residuals.keys() != wanted or any(one.shape != shape for one in residuals.values()):
+        raise EntryError("has no residuals of this shot", where=str(shot.state))
+
+
 def remove_state(shot: Shot) -> None:
     """Remove the state of this shot, if there is one; a file of something else stays. Raises MachineError."""
     with suppress(EntryError):
@@ -167,14 +179,16 @@ def remove_state(shot: Shot) -> None:
             atomic.remove(shot.state)
 
 
-def load_state(path: Path, shape: tuple[int, ...] | None = None) -> tuple[State, SavedState, Tensor | None]:
-    """Read a saved state, its record and the sums of its attention maps. Raises EntryError if one is damaged
-    or of another version.
+def load_state(
+    path: Path, shape: tuple[int, ...] | None = None
+) -> tuple[State, SavedState, Tensor | None, Mapping[Branch, Tensor]]:
+    """Read a saved state, its record, the sums of its attention maps and its residuals. Raises EntryError if
+    one is damaged or of another version.
 
     With a `shape` a state of another one is damage, too, and its tensors are not read.
     """
-    solver_state, facts, attention_GSWL = state_file.load_state(path, shape)
-    return solver_state, SavedState.parse(facts, path), attention_GSWL
+    solver_state, facts, attention_GSWL, residuals = state_file.load_state(path, shape)
+    return solver_state, SavedState.parse(facts, path), attention_GSWL, residuals
 
 
 def _belongs_to(shot: Shot, saved: SavedState) -> bool:
@@ -223,7 +237,8 @@ def save_state(state: ShotState, phases: Sequence[Record] = ()) -> None:
     maps = state.attention
     facts |= {"attention": attention_stage.describe_spec(maps.spec)} if maps else {}
     record = manifest_body.to_plain_json(facts)
-    state_file.save_state(state.shot.state, state.solver_state, record, maps.sums_GSWL if maps else None)
+    sums_GSWL = maps.sums_GSWL if maps else None
+    state_file.save_state(state.shot.state, state.solver_state, record, sums_GSWL, state.residuals)
     state.saved_step, state.unsaved_since = state.step, time.monotonic()
 
 

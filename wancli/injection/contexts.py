@@ -1,6 +1,6 @@
 """Turn the exprs of a table into contexts of a model, and record which blocks read them.
 
-Letters of shapes: N E rows of a prompt or of CLIP, L video tokens, C T Y X a latent.
+Letters of shapes: N E rows of a prompt or of CLIP, B batch, L video tokens, D width, C T Y X a latent.
 """
 
 from __future__ import annotations
@@ -206,9 +206,11 @@ class Effect:
 class Forward(Request):
     """One forward of denoising: one branch of one step.
 
-    Its effects are measured if `effects` is a list, and added to its attention maps if it has some.
+    Its effects are measured if `effects` is a list, and added to its attention maps if it has some. With a
+    `reused_BLD` no block runs: it is the residual of an earlier forward.
     """
 
     contexts: BlockContexts
     effects: list[Effect] | None = None
     attention: AttentionMaps | None = None
+    reused_BLD: Tensor | None = None

@@ -196,6 +196,14 @@ class Table:
                 for reached, rule, factor in zip(self.changed_cells, rules, active):
                     reached.extend((step, branch, block) for block, s in rule.blocks if s * factor)
 
+    def cells_without(
+        self, reused: Collection[tuple[int, Branch]]
+    ) -> tuple[list[tuple[int, Branch, int]], ...]:
+        """Return `changed_cells` without those of forwards that run no block: pairs of step and branch."""
+        if not reused:
+            return self.changed_cells
+        return tuple([cell for cell in cells if cell[:2] not in reused] for cells in self.changed_cells)
+
     def branches_at(self, step: int) -> tuple[Branch, ...]:
         return tuple(branch for branch in self.branches if step in self.steps_by_branch[branch])
 

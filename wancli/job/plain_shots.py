@@ -1,8 +1,8 @@
 """Add the plain shots that a comparison needs: each shot that injects is compared with the same shot without
 injections, so that its figures show the injection and not another seed or prompt.
 
-LoRAs count as an injection if the shots of the job differ in them. Shots that differ in no other key share a
-plain one.
+LoRAs and step caches count as an injection if the shots of the job differ in them. Shots that differ in no
+other key share a plain one.
 """
 
 from __future__ import annotations
@@ -28,7 +28,6 @@ _ASIDE = {
     "inject",
     "emphasis",
     "steer",
-    "loras",
     "join",
     "measure",
     "attention",
@@ -36,6 +35,8 @@ _ASIDE = {
     "batch",
     "save_every",
 }
+# Keys that count as an injection if shots differ in them, with their values in a plain shot.
+_PLAIN_IF_DIFFERENT: dict[str, object] = {"loras": [], "cache": "none"}
 
 
 def add_plain_shots(items: Sequence[Item]) -> list[Item]:
@@ -43,9 +44,9 @@ def add_plain_shots(items: Sequence[Item]) -> list[Item]:
     compared = [item for item in items if item.job.compare]
     if not compared or not all(_options(item.job).add_baseline for item in compared):
         return [*items]
-    drops_loras = len({_dump_loras(item.job) for item in compared}) > 1
-    has_plain = {_key(item.job, drops_loras) for item in items if _is_plain(item.job, drops_loras)}
-    added = [*_make_plain_shots(compared, has_plain, {item.id for item in items}, drops_loras)]
+    dropped = [key for key in _PLAIN_IF_DIFFERENT if _differ(compared, key)]
+    has_plain = {_key(item.job, dropped) for item in items if _is_plain(item.job, dropped)}
+    added = [*_make_plain_shots(compared, has_plain, {item.id for item in items}, dropped)]
     named = _options(compared[0].job).baseline
     return [*items, *added] if named is None or named in {item.id for item in added} else [*items]
 
@@ -67,21 +68,21 @@ def _options(job: Job) -> Compare:
     return job.compare if isinstance(job.compare, Compare) else Compare()
 
 
-def _key(job: Job, drops_loras: bool) -> str:
+def _key(job: Job, dropped: Collection[str]) -> str:
     """Return a text that is the same for jobs that differ only in injections, emphasis and steering, and in
-    LoRAs if these count.
+    the dropped keys.
     """
-    aside = _ASIDE if drops_loras else _ASIDE - {"loras"}
+    aside = _ASIDE | {*dropped}
     below = {"memory": {"residency", "chunk", "budget"}, "video": {"keep_latents"}}
     return repr(job.model_dump(exclude={**dict.fromkeys(aside, True), **below}))
 
 
-def _dump_loras(job: Job) -> str:
-    return repr([entry.model_dump() for entry in job.loras])
+def _differ(items: Sequence[Item], key: str) -> bool:
+    return len({repr(getattr(item.job, key)) for item in items}) > 1
 
 
-def _is_plain(job: Job, drops_loras: bool) -> bool:
-    if (drops_loras and job.loras) or job.emphasises:
+def _is_plain(job: Job, dropped: Collection[str]) -> bool:
+    if any(getattr(job, key) != _PLAIN_IF_DIFFERENT[key] for key in dropped) or job.emphasises:
         return False
     rules = (*job.inject, *job.steer)
     return all(_is_zero(rule.strength) or _is_zero(rule.step_strength) for rule in rules)
@@ -92,15 +93,15 @@ def _is_zero(strength: Strength) -> bool:
 
 
 def _make_plain_shots(
-    compared: Sequence[Item], has_plain: Collection[str], taken: Collection[str], drops_loras: bool
+    compared: Sequence[Item], has_plain: Collection[str], taken: Collection[str], dropped: Collection[str]
 ) -> Iterator[Item]:
     """Yield a plain shot for each kind of shots without one: `seed11-plain`, with the id of their entry of
     `items` if values do not tell two apart."""
-    dropped = ("inject", "emphasis", "steer", *(["loras"] if drops_loras else []))
+    changed = ("inject", "emphasis", "steer", *dropped)
     kinds: dict[str, tuple[Item, Combination]] = {}
     for item in compared:
-        swept = item.combination.select(lambda setting: setting.key.split(".")[0] not in dropped)
-        kinds.setdefault(_key(item.job, drops_loras), (item, swept))
+        swept = item.combination.select(lambda setting: setting.key.split(".")[0] not in changed)
+        kinds.setdefault(_key(item.job, dropped), (item, swept))
     slugs = [swept.slug for _, swept in kinds.values()]
     used = {*taken}
     for item, swept in (kind for key, kind in kinds.items() if key not in has_plain):
@@ -109,16 +110,16 @@ def _make_plain_shots(
         while id in used:
             id += "-plain"
         used.add(id)
-        yield _make_plain(item, swept, id, drops_loras)
+        yield _make_plain(item, swept, id, dropped)
 
 
-def _make_plain(item: Item, combination: Combination, id: str, drops_loras: bool) -> Item:
+def _make_plain(item: Item, combination: Combination, id: str, dropped: Collection[str]) -> Item:
     job = item.job
     gone = item.combination.labels.keys() - combination.labels.keys()
     labels = {name: label for name, label in job.labels.items() if name not in gone}
-    plain: dict[str, object] = {"inject": [], "emphasis": {}, "steer": [], "join": None} | (
-        {"loras": []} if drops_loras else {}
-    )
+    plain: dict[str, object] = {"inject": [], "emphasis": {}, "steer": [], "join": None} | {
+        key: _PLAIN_IF_DIFFERENT[key] for key in dropped
+    }
     names = {"id": id, "labels": labels, "output": _plain_output(job, gone)}
     made = job.model_copy(update={**plain, **names})
     return replace(item, id=id, job=made, combination=combination, is_added=True)

@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BeforeValidator, Discriminator, Field, Tag
 
 from wancli import wan_mini
+from wancli.job.schema_cache import CacheOption, CacheOptions
 from wancli.job.schema_rules import Attention, EmphasisOption, Inject, LoraEntry, SteerEntry
 from wancli.job.schema_values import MainPrompt, Prompt, StrictModel, text_or_int, text_or_mapping
 from wancli.models.config import AttentionBackend
@@ -220,6 +221,7 @@ class Job(StrictModel):
     seed: int = Field(0, ge=0, lt=2**63)
     noise: Literal["cpu", "cuda"] = "cpu"
     sampler: Sampler = Sampler()
+    cache: CacheOption = "none"
     text: TextOptions = TextOptions()
     inject: list[Inject] = []
     emphasis: EmphasisOption = {}
@@ -238,6 +240,13 @@ class Job(StrictModel):
     def image_options(self) -> ImageOptions | None:
         """`image` as a mapping; a text names the first frame."""
         return ImageOptions(first=self.image) if isinstance(self.image, str) else self.image
+
+    @property
+    def cache_options(self) -> CacheOptions | None:
+        """`cache` as a mapping; a text names the method. None for `none`."""
+        if isinstance(self.cache, CacheOptions):
+            return self.cache
+        return None if self.cache == "none" else CacheOptions(method=self.cache)
 
     @property
     def emphasises(self) -> bool:

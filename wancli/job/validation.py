@@ -23,6 +23,7 @@ from wancli.job.schema import (
     TextOptions,
     Video,
 )
+from wancli.job.schema_cache import CacheOptions
 from wancli.job.schema_rules import Attention, EmphasisEntry, InjectPrompt, LoraEntry, SteerEntry
 from wancli.job.schema_values import CurveSpec, EmbeddingFile, PromptOverTime, Segment, SigmaRange
 from wancli.job.yaml_reader import Key
@@ -167,6 +168,7 @@ def known_keys(path: tuple[Key, ...]) -> list[str]:
         "emphasis": EmphasisEntry, "steer": SteerEntry, "toward": EmbeddingFile, "away": EmbeddingFile,
         "prompt": EmbeddingFile, "negative": EmbeddingFile, "strength": CurveSpec, "step_strength": CurveSpec,
         "steps": SigmaRange, "guidance": ExpertGuidance, "model": ModelFiles,
+        "cache": CacheOptions,
     }  # fmt: skip
     for parent, key in zip(("", *path), path):
         is_segment = parent in ("prompt", "segments") and isinstance(key, int)

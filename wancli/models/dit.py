@@ -43,13 +43,15 @@ __all__ = ["Context", "Mix", "Request", "WanModel", "concat", "lerp"]
 class Request:
     """The inputs of one forward: latents at timestep t, with block i attending to `contexts[i]`.
 
-    If `given` has first frames, x begins with them, and their tokens are at timestep 0.
+    If `given` has first frames, x begins with them, and their tokens are at timestep 0. The residual of the
+    forward [B, L, D], fp32, is appended to `kept`, if that is a list: x after the blocks minus x before them.
     """
 
     x_BCTYX: Tensor
     t: float | Tensor
     contexts: Sequence[Mix]
     given: GivenFrames = NO_FRAMES
+    kept: list[Tensor] | None = None
 
 
 class GivenTokens(NamedTuple):
@@ -299,7 +301,17 @@ class WanModel(nn.Module):
         for block, *mixes in zip(self.blocks, *(r.contexts for r in requests), strict=True):
             for state, mix in zip(states, mixes):
                 state.apply(block, mix, checkpointed)
+        for request, state in zip(requests, states):
+            if request.kept is not None:
+                before_BLD = self.embed(request.x_BCTYX, request.t, request.given).x_BLD
+                request.kept.append(torch.sub(state.x_BLD, before_BLD, out=before_BLD))
         return [self.read_velocity(state) for state in states]
+
+    def reuse_residual(self, request: Request, residual_BLD: Tensor) -> Tensor:
+        """Predict the velocity, fp32, of a request that runs no block, with the residual of another one."""
+        state = self.embed(request.x_BCTYX, request.t, request.given)
+        state.x_BLD += residual_BLD
+        return self.read_velocity(state)
 
     def embed(self, x_BCTYX: Tensor, t: float | Tensor, given: GivenFrames = NO_FRAMES) -> BlockState:
         """Return the state before the first block. To see more than velocities, a caller loops over `blocks`

@@ -18,7 +18,7 @@ def plan_comparison(jobs: JobFile, shots: Sequence[Shot]) -> Comparison | None:
 
     A named baseline is that of all. Otherwise the baseline of a shot is the plain one that differs in
     nothing else. A shot without such a baseline is compared with nothing. A plain shot has no injections, and
-    no LoRAs unless all shots have the same.
+    no LoRAs and no step cache unless all shots have the same.
 
     Raises JobError."""
     compared = [shot for shot in shots if jobs.items[shot.index].job.compare]
@@ -45,8 +45,13 @@ def plan_comparison(jobs: JobFile, shots: Sequence[Shot]) -> Comparison | None:
             hint=f"did you mean {near[0]!r}?" if near else f"ids: {', '.join(list(requests)[:8])}",
         )
     drops_loras = len({repr([use.pixel_settings for use in shot.loras]) for shot in compared}) > 1
-    keys = {shot.id: _key_without_injections(shot, drops_loras) for shot in compared}
-    plain = [shot for shot in compared if not shot.injects and not (drops_loras and shot.loras)]
+    drops_cache = len({shot.cache and shot.cache.settings for shot in compared}) > 1
+    keys = {shot.id: _key_without_injections(shot, drops_loras, drops_cache) for shot in compared}
+    plain = [
+        shot
+        for shot in compared
+        if not (shot.injects or (drops_loras and shot.loras) or (drops_cache and shot.cache))
+    ]
     wanted = {keys[shot.id] for shot in compared if shot not in plain}
     own = {keys[shot.id]: shot.id for shot in reversed(plain) if keys[shot.id] in wanted}
     baselines = {id: first.baseline or own.get(key) for id, key in keys.items()}
@@ -55,9 +60,10 @@ def plan_comparison(jobs: JobFile, shots: Sequence[Shot]) -> Comparison | None:
     return Comparison(baselines, default, first.sheet, first.video, added)
 
 
-def _key_without_injections(shot: Shot, drops_loras: bool) -> str:
+def _key_without_injections(shot: Shot, drops_loras: bool, drops_cache: bool) -> str:
     """Return a key that is the same for shots that differ only in injections, emphasis and steering, and in
-    LoRAs if these count.
+    LoRAs and step caches if these count. The forced steps of a cache are those of injections.
     """
     plain = replace(shot, rules=(), injected=(), emphasis=(), steering=(), steering_prompts=())
-    return replace(plain, loras=() if drops_loras else shot.loras).key
+    plain = replace(plain, loras=() if drops_loras else shot.loras, cache=None)
+    return f"{plain.key} {shot.cache and shot.cache.settings if not drops_cache else None}"

@@ -219,7 +219,7 @@ def _may_wait(model: ModelSpec, waiting: int, largest: int) -> bool:
 
 
 def _state_bytes(shot: Shot) -> int:
-    return FP32 * STATE_TENSORS * math.prod(shot.latent_shape)
+    return FP32 * STATE_TENSORS * math.prod(shot.latent_shape) + memory_estimate.residual_bytes(shot)
 
 
 def _given_bytes(shot: Shot) -> int:

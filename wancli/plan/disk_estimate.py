@@ -16,6 +16,7 @@ from pathlib import Path
 
 from wancli.errors import NoSpace
 from wancli.plan.batching import STATE_TENSORS
+from wancli.plan.memory_estimate import residual_bytes
 from wancli.plan.picture_entries import entry_values
 from wancli.plan.schedule import Schedule
 from wancli.plan.shot import Shot
@@ -135,7 +136,8 @@ def _temporary_bytes(shot: Shot) -> int:
     """Return the bytes of the latent, and twice of the state, less what is on disk already."""
     latent = FP32 * math.prod(shot.latent_shape) + _RECORD_BYTES
     existing = sum(found.st_size for path in (shot.latents, shot.state) if (found := disk.status(path)))
-    return max(0, latent + 2 * (STATE_TENSORS * latent + _map_bytes(shot)) - existing)
+    state = STATE_TENSORS * latent + _map_bytes(shot) + residual_bytes(shot)
+    return max(0, latent + 2 * state - existing)
 
 
 def _device_id(path: Path) -> int:

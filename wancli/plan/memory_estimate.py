@@ -132,7 +132,13 @@ def predict_sampling(shot: Shot, rows: int, forwards: int) -> Phase:
         chunk=model.kernels.chunk,
         lora_bytes=sum(disk.size(file) for file in {use.path for use in shot.loras}),
     )
-    return replace(phase, buffer=phase.buffer + _attention_bytes(shot))
+    return replace(phase, buffer=phase.buffer + _attention_bytes(shot) + residual_bytes(shot))
+
+
+def residual_bytes(shot: Shot) -> int:
+    """Predict the bytes of the residuals that the step cache of a shot keeps: one for each branch."""
+    width = shot.model.checkpoint.transformer_config.dim
+    return len(shot.cache.branches) * shot.tokens * width * memory_model.FP32 if shot.cache else 0
 
 
 def _attention_bytes(shot: Shot) -> int:

@@ -53,6 +53,7 @@ from wancli.plan.render_plan import Plan
 from wancli.plan.sampler import SamplerSettings, resolve_sampler
 from wancli.plan.shot import Prompt, SaveInterval, Shot
 from wancli.plan.steering import Steering, compile_steering
+from wancli.plan.step_cache import compile_cache, refuse_measuring_reuse
 from wancli.resources import machine
 from wancli.text.encoder import EncoderSpec
 from wancli.units import parse_duration, parse_size
@@ -124,6 +125,7 @@ def build_plan(
             continued = None if parent is None else built[parent]
             shot = _build_shot(jobs, index, locations(item), files, continued)
             built[index] = replace(shot, measure=True) if measure else shot
+            refuse_measuring_reuse(built[index], item)
     files.pictures.save()
     problems.raise_all()
     shots = chains.mark_kept_frames([built[index] for index in range(len(jobs.items))])
@@ -269,6 +271,7 @@ def _build_shot(jobs: JobFile, index: int, source: Location, files: _Files, cont
     refuse_rules_without_effect(shot, item)
     refuse_gain_over_time(shot, item)
     refuse_lerp_after_concat(shot, item)
+    shot = replace(shot, cache=compile_cache(shot, item))
     return outputs.with_output(shot, jobs, item)
 
 

@@ -4,7 +4,9 @@ If shots read the same up to a step, their latents are equal up to that step. On
 the other shots fork from it.
 
 What a step reads is the decision, not how the rules were written: the row of the table for each branch, the
-expert, its guidance, and the LoRAs that are on. Pure, and without torch.
+expert, its guidance, and the LoRAs that are on. With a step cache it is also which forwards reuse a residual,
+in this step and in the next: all shots that share a step keep the same residuals after it. Pure, and without
+torch.
 """
 
 from __future__ import annotations
@@ -59,12 +61,25 @@ class PrefixTree:
             self._shot_at.setdefault(node, shot.index)
         return fork
 
+    def changed_steps(self, shot: Shot) -> frozenset[int]:
+        """Return the steps that read, run or guide otherwise than the step before."""
+        reads = list(self._step_reads(shot))
+        return frozenset(step for step in range(1, len(reads)) if reads[step] != reads[step - 1])
+
     def _step_keys(self, shot: Shot) -> Iterator[Hashable]:
         """Yield all that each step depends on, except its number and the steps before it."""
-        rows = self._number_rows(shot.table)
         sampler = (shot.solver, shot.steps, shot.shift, shot.measure, shot.attention)
         pictures = shot.pictures and shot.pictures.pixel_settings
         key: Hashable = (shot.seed, shot.noise, shot.latent_shape, sampler, pictures)
+        reused = shot.reused
+        for step, reads in enumerate(self._step_reads(shot)):
+            here = frozenset((i - step, branch) for i, branch in reused if i in (step, step + 1))
+            yield key, reads, here
+            key = None
+
+    def _step_reads(self, shot: Shot) -> Iterator[Hashable]:
+        """Yield what each step reads, the network that it runs, and its guidance."""
+        rows = self._number_rows(shot.table)
         for stage in shot.stages:
             of_stage = [use for use in shot.loras if use.expert in (None, stage.expert)]
             for step in stage.steps:
@@ -73,8 +88,7 @@ class PrefixTree:
                     for use in of_stage
                     if use.steps is None or step in use.steps
                 )
-                yield key, rows[step], stage.expert, stage.guidance, loras
-                key = None
+                yield rows[step], stage.expert, stage.guidance, loras
 
     def _number_rows(self, table: Table) -> list[Hashable]:
         """Return per step a number for the row of each branch; equal rows of any table have the same."""

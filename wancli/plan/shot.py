@@ -26,6 +26,7 @@ from wancli.plan.pictures import (
 )
 from wancli.sampling.solvers import SigmaSchedule, build_sigma_schedule
 from wancli.sampling.stages import Stage, split_stages
+from wancli.sampling.step_cache import NOTHING_REUSED, StepCache
 from wancli.text.tokenizer import Tokens
 from wancli.weights.lora.use import LoraUse
 
@@ -97,6 +98,7 @@ class Shot:
     attention: AttentionSpec | None = None  # the attention maps that sampling records; changes no pixel
     timeline: Timeline | None = None  # of a prompt that changes over the frames, which begins with `prompt`
     later_prompts: tuple[Prompt, ...] = ()  # the other prompts of the timeline
+    cache: StepCache | None = None  # which forwards reuse the residual of an earlier one
 
     @property
     def latent_shape(self) -> tuple[int, int, int, int]:
@@ -157,6 +159,16 @@ class Shot:
         return _table(rules, tuple(base), depth, self.steps, unguided, self.clip_id, over_time)
 
     @property
+    def reused(self) -> frozenset[tuple[int, Branch]]:
+        """The step and the branch of every forward that runs no block."""
+        return self.cache.reused if self.cache else NOTHING_REUSED
+
+    @property
+    def planned_cells(self) -> tuple[list[tuple[int, Branch, int]], ...]:
+        """For each rule the cells that blocks are to read."""
+        return self.table.cells_without(self.reused)
+
+    @property
     def prompts(self) -> tuple[Prompt, ...]:
         """All prompts of the shot: its own, the negative one, the injected ones, those of later segments and
         of steering.
@@ -213,6 +225,7 @@ class Shot:
                 **({"emphasis": [rule_settings(rule) for rule in self.emphasis]} if self.emphasis else {}),
                 **({"steer": [rule_settings(rule) for rule in self.steering]} if self.steering else {}),
                 **({"loras": [use.pixel_settings for use in self.loras]} if self.loras else {}),
+                **({"reused": dict(self.cache.steps)} if self.cache and self.reused else {}),
                 **({"attention": kernels.attention} if kernels.attention != "auto" else {}),
                 **({"fp8_matmul": True} if kernels.fp8_matmul else {}),
                 # The VAE encodes given frames.

@@ -31,7 +31,7 @@ from wancli.storage.schema import Data, Positive
 
 if TYPE_CHECKING:
     from wancli.injection.area import TokenGrid
-    from wancli.injection.exprs import Cell, Expr
+    from wancli.injection.exprs import Branch, Cell, Expr
     from wancli.injection.table import Table
     from wancli.models.config import WanConfig
     from wancli.plan.model_spec import ModelSpec
@@ -266,7 +266,7 @@ def sampling_flops(shot: Shot) -> int:
     contexts = sum(flops.context_flops(wan, count) for count in rows.values())
     contexts += sum(flops.image_context_flops(wan, count) for count in image_rows.values())
     all_rows = tuple((rows | image_rows).items())
-    steps = _step_flops(wan, shot.table, all_rows, shot.token_grid, shot.measure)
+    steps = _step_flops(wan, shot.table, all_rows, shot.token_grid, shot.measure, shot.reused)
     return len(shot.stages) * contexts + steps + _attention_map_flops(shot)
 
 
@@ -281,7 +281,12 @@ def _attention_map_flops(shot: Shot) -> int:
 
 @lru_cache(64)  # the shots of a sweep share tables, which are large
 def _step_flops(
-    wan: WanConfig, table: Table, text_rows: tuple[tuple[str, int], ...], grid: TokenGrid, measure: bool
+    wan: WanConfig,
+    table: Table,
+    text_rows: tuple[tuple[str, int], ...],
+    grid: TokenGrid,
+    measure: bool,
+    reused: frozenset[tuple[int, Branch]],
 ) -> int:
     """Count the FLOPs of the forwards of all steps, for texts of so many rows."""
     rows, total, tokens, sums = dict(text_rows), 0, grid.tokens, TokenSums(grid)
@@ -290,6 +295,9 @@ def _step_flops(
         plain = flops.forward_flops(wan, tokens, wan.num_layers * _count_read(base, rows, sums))
         took: dict[int, int] = {}  # by the id of a row: many steps have the same one
         for step in table.steps_by_branch[branch]:
+            if (step, branch) in reused:
+                total += flops.reused_forward_flops(wan, tokens)
+                continue
             cells = table.row(step, branch)
             if id(cells) not in took:
                 read = sum(_count_read(cell, rows, sums) for cell in cells)

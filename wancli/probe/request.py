@@ -75,8 +75,8 @@ class ProbeRequest:
 
     @property
     def plain_shot(self) -> Shot:
-        """The shot without its injections."""
-        return replace(self.shot, rules=(), injected=(), measure=False)
+        """The shot without its injections and its step cache."""
+        return replace(self.shot, rules=(), injected=(), measure=False, cache=None)
 
     @property
     def subjects(self) -> tuple[Subject, ...]:

@@ -56,11 +56,12 @@ def plan_document(
                 "shift": shot.shift,
                 "guidance": shot.guidance,
                 "stages": [stage.as_dict() for stage in shot.stages],
+                **({"cache": shot.cache.as_dict()} if shot.cache else {}),
                 "sharing": plan.schedule.placement(shot).batch_size,
                 "fork": _fork_row(plan, shot),
                 "inject": [
                     _rule_row(rule, shot) | {"cells": len(cells), "picture": _injected_row(other)}
-                    for rule, cells, other in zip(shot.rules, shot.table.changed_cells, shot.injected)
+                    for rule, cells, other in zip(shot.rules, shot.planned_cells, shot.injected)
                 ],
                 "emphasis": [_rule_row(rule, shot) for rule in shot.emphasis],
                 "steer": [_rule_row(rule, shot) for rule in shot.steering],

@@ -19,7 +19,13 @@ from wancli.report.plan_document import (
 )
 from wancli.report.render_summary import build_memory_table
 from wancli.report.shorten import fit_columns
-from wancli.report.shot_text import describe_added_shots, format_lora, format_shot, name_given_pictures
+from wancli.report.shot_text import (
+    describe_added_shots,
+    describe_cache,
+    format_lora,
+    format_shot,
+    name_given_pictures,
+)
 from wancli.report.terminal import create_table, state_text
 from wancli.units import format_ranges, format_seconds, pluralize
 
@@ -78,6 +84,8 @@ def format_plan(
     if verbose:
         for shot in plan.shots:
             yield from format_shot(shot, plan.schedule.placement(shot))
+    cached = [f"cache: {describe_cache(shot, shot.cache)}" for shot in plan.shots if shot.cache]
+    yield from (textwrap.fill(line, 80, subsequent_indent="  ") for line in dict.fromkeys(cached))
     yield from dict.fromkeys(format_lora(use) for shot in plan.shots for use in shot.loras)
     prompts = prompt_rows(plan.shots, store)
     hits = sum(prompt["cached"] for prompt in prompts)

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from wancli.plan.render_plan import Plan
     from wancli.plan.schedule import Placement
     from wancli.plan.shot import Prompt, Shot
+    from wancli.sampling.step_cache import StepCache
     from wancli.weights.lora.use import LoraUse
 
 
@@ -59,6 +60,8 @@ def format_shot(shot: Shot, placement: Placement) -> Iterator[str]:
     for index, steering in enumerate(shot.steering):
         yield from format_steering(shot, index, steering)
     yield from format_sigmas(shot)
+    if shot.cache:
+        yield from format_cache(shot, shot.cache)
     if shot.rules:
         yield from format_injection_table(shot)
 
@@ -208,6 +211,34 @@ def format_injection_table(shot: Shot) -> Iterator[str]:
             if shot.table.image and any(rule.image for rule in shot.rules):
                 shares = injected_share_by_block(row, shot.table.image)
                 yield f"{f'{branch} {format_ranges(steps)} image':>16}  {draw_bar(shares)}"
+
+
+def format_cache(shot: Shot, cache: StepCache) -> Iterator[str]:
+    """Draw which steps of each branch are computed, one column per step, and which reuse a residual."""
+    yield f"{'cache':>16}  {truncate(describe_cache(shot, cache), 62)}"
+    yield f"{'step':>16}  {draw_ruler(shot.steps)}"
+    for branch in shot.table.branches:
+        taken = shot.table.steps_by_branch[branch]
+        strip = (
+            " " if step not in taken else draw_bar([float((step, branch) not in cache.reused)])
+            for step in range(shot.steps)
+        )
+        yield f"{branch:>16}  {''.join(strip)}"
+
+
+def describe_cache(shot: Shot, cache: StepCache) -> str:
+    """Describe a step cache: `18 of 50 forwards, 2.8x: magcache, threshold 0.24, ...`. The counts are those
+    of each branch, or of all branches if these differ.
+    """
+    all_steps = [len(steps) for steps in shot.table.steps_by_branch.values()]
+    computed = [n - len(reused) for n, (_, reused) in zip(all_steps, cache.steps, strict=True)]
+    same = len({*zip(computed, all_steps)}) == 1
+    some, of = (computed[0], all_steps[0]) if same else (sum(computed), sum(all_steps))
+    settings = cache.settings
+    return (
+        f"{some} of {of} forwards, {of / some:.1f}x: {settings.method}, threshold {settings.threshold:g}, "
+        f"skips {settings.skips}, retention {settings.retention:g}, table {settings.table}"
+    )
 
 
 def format_sigmas(shot: Shot) -> Iterator[str]:

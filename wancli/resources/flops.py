@@ -26,9 +26,13 @@ def forward_flops(wan: WanConfig, tokens: int, text_rows: float) -> int:
     """
     d = wan.dim
     block = 2 * tokens * (6 * d * d + 2 * d * wan.ffn_dim) + 4 * tokens**2 * d
-    ends = 2 * tokens * 4 * (wan.in_dim + wan.out_dim) * d
-    time_embedding = 2 * (wan.freq_dim * d + 7 * d * d)
-    return wan.num_layers * block + round(4 * tokens * text_rows * d) + ends + time_embedding
+    return wan.num_layers * block + round(4 * tokens * text_rows * d) + reused_forward_flops(wan, tokens)
+
+
+def reused_forward_flops(wan: WanConfig, tokens: int) -> int:
+    """Count a forward that runs no block: the ends of the transformer, and the embedding of the timestep."""
+    d = wan.dim
+    return 2 * tokens * 4 * (wan.in_dim + wan.out_dim) * d + 2 * (wan.freq_dim * d + 7 * d * d)
 
 
 def attention_map_flops(wan: WanConfig, tokens: int, rows: int, words: int) -> int:

@@ -1,12 +1,13 @@
 """Denoise a latent step by step: noise to latent, one yield per step.
 
-Letters of shapes: C latent channels, T latent frames, Y X the latent grid, N E a prompt's rows.
+Letters of shapes: C latent channels, T latent frames, Y X the latent grid, N E a prompt's rows, B L D the
+residual of a forward.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import torch
@@ -23,6 +24,9 @@ from wancli.models.dit import WanModel
 from wancli.models.given_frames import NO_FRAMES, GivenFrames
 from wancli.sampling.solvers import SOLVERS, SigmaSchedule, State
 from wancli.sampling.stages import Stage
+from wancli.sampling.step_cache import NOTHING_REUSED
+
+Residuals = Mapping[Branch, Tensor]  # [B, L, D], of the branches whose next forward reuses one
 
 
 def draw_noise(shape_CTYX: tuple[int, ...], seed: int, device: str = "cpu") -> Tensor:
@@ -34,13 +38,14 @@ def draw_noise(shape_CTYX: tuple[int, ...], seed: int, device: str = "cpu") -> T
 @dataclass(frozen=True)
 class StepResult:
     """The result of a step: the solver's state before step `step`, the cells that the model read, and the
-    attention maps of all steps so far.
+    attention maps of all steps so far, and the residuals that step `step` reuses.
     """
 
     step: int
     state: State
     cells_read: frozenset[tuple[int, Branch, int]]
     attention: AttentionMaps | None = None
+    residuals: Residuals = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -50,7 +55,9 @@ class DenoiseRun:
     v = v_uncond + guidance·(v_cond - v_uncond), cond first; a step without an uncond branch takes
     v_cond as it is. If `effects` is a list, injections are measured and their effects appended to it. The
     attention maps of the cond branch are added to `attention`, if there is some. It and the given frames are
-    on the device of the state; given frames are the same in both branches.
+    on the device of the state; given frames are the same in both branches. The forwards of `reused`, pairs of
+    step and branch, run no block: they reuse the residual of the last forward of their branch. `residuals`
+    are those that the first step reuses.
     """
 
     state: State
@@ -62,6 +69,8 @@ class DenoiseRun:
     effects: list[Effect] | None = None
     given: GivenFrames = NO_FRAMES
     attention: AttentionMaps | None = None
+    reused: frozenset[tuple[int, Branch]] = NOTHING_REUSED
+    residuals: Residuals = field(default_factory=dict)
 
     @cached_property
     def areas(self) -> TokenAreas:
@@ -95,13 +104,13 @@ def denoise_batch(
         step_counts = sorted({len(run.stage.steps) for run in runs})
         raise ValueError(f"runs of {step_counts} steps cannot be batched")
     results: list[StepResult | NotFinite] = [
-        StepResult(steps.start, _put_given(run, run.state), frozenset(), run.attention) for run in runs
+        StepResult(steps.start, _put_given(run, run.state), frozenset(), run.attention, run.residuals)
+        for run in runs
     ]
     for i in steps:
         forwards_per_run = [_build_forwards(run, result, i) for run, result in zip(runs, results)]
         batch = [forward for forwards in forwards_per_run for forward in forwards]
-        with record_attention(model, batch):
-            velocities = iter(predict_velocities(model, batch, forwards_per_pass))
+        velocities = iter(_predict_velocities(model, batch, forwards_per_pass))
         results = [
             _take_step(model, run, result, i, [(forward, next(velocities)) for forward in forwards])
             for run, result, forwards in zip(runs, results, forwards_per_run)
@@ -113,13 +122,41 @@ def _build_forwards(run: DenoiseRun, result: StepResult | NotFinite, i: int) -> 
     if isinstance(result, NotFinite):
         return []
     x_1CTYX, t = result.state.x[None], run.schedule.timesteps[i]
-    branches = run.table.branches_at(i)
-    reads = [BlockContexts(run.contexts, run.table, run.areas, i, branch) for branch in branches]
     maps = result.attention.copy() if result.attention else None
     return [
-        Forward(x_1CTYX, t, contexts, run.given, run.effects, maps if contexts.branch == "cond" else None)
-        for contexts in reads
+        Forward(
+            x_1CTYX,
+            t,
+            BlockContexts(run.contexts, run.table, run.areas, i, branch),
+            run.given,
+            kept=[] if (i + 1, branch) in run.reused else None,
+            effects=run.effects,
+            attention=maps if branch == "cond" else None,
+            reused_BLD=result.residuals[branch] if (i, branch) in run.reused else None,
+        )
+        for branch in run.table.branches_at(i)
     ]
+
+
+def _predict_velocities(model: WanModel, forwards: Sequence[Forward], forwards_per_pass: int) -> list[Tensor]:
+    """Predict the velocity of each forward. Those that reuse a residual share no pass over blocks."""
+    computed = [forward for forward in forwards if forward.reused_BLD is None]
+    with record_attention(model, computed):
+        velocities = iter(predict_velocities(model, computed, forwards_per_pass) if computed else ())
+    return [
+        next(velocities) if forward.reused_BLD is None else model.reuse_residual(forward, forward.reused_BLD)
+        for forward in forwards
+    ]
+
+
+def _kept_residuals(forwards: Sequence[Forward]) -> Residuals:
+    """Return the residuals that the next step reuses."""
+    kept = {}
+    for forward in forwards:
+        if forward.kept is not None:
+            own = forward.kept[0] if forward.reused_BLD is None else forward.reused_BLD
+            kept[forward.contexts.branch] = own
+    return kept
 
 
 def _put_given(run: DenoiseRun, state: State) -> State:
@@ -158,12 +195,13 @@ def _solve_step(
         raise NotFinite(_locate_nonfinite(model, run, result.state.x, i), hint=hint)
     cells = frozenset(cell for forward, _ in outputs for cell in forward.contexts.cells_read)
     maps = next(forward.attention for forward, _ in outputs if forward.contexts.branch == "cond")
-    return StepResult(i + 1, state, cells, maps)
+    return StepResult(i + 1, state, cells, maps, _kept_residuals([forward for forward, _ in outputs]))
 
 
 def _locate_nonfinite(model: WanModel, run: DenoiseRun, x_CTYX: Tensor, step: int) -> str:
     """Run the failed step again, block by block, and describe where the first NaN or Inf appears."""
-    for forward in _build_forwards(run, StepResult(step, State(x_CTYX), frozenset()), step):
+    computed = replace(run, reused=NOTHING_REUSED)
+    for forward in _build_forwards(computed, StepResult(step, State(x_CTYX), frozenset()), step):
         residuals = model.iterate_residuals(forward.x_BCTYX, forward.t, forward.contexts, forward.given)
         for block, x_BLD in enumerate(residuals):
             if not torch.isfinite(x_BLD).all():
@@ -171,9 +209,15 @@ def _locate_nonfinite(model: WanModel, run: DenoiseRun, x_CTYX: Tensor, step: in
     return f"NaN or Inf at step {step}, after the last block"
 
 
-def check_hits(table: Table, cells_read: frozenset[tuple[int, Branch, int]]) -> None:
-    """Raise InjectionMissed if a cell that a rule changed was never read by its block."""
-    for name, planned in zip(table.names, table.changed_cells, strict=True):
+def check_hits(
+    table: Table,
+    cells_read: frozenset[tuple[int, Branch, int]],
+    reused: frozenset[tuple[int, Branch]] = NOTHING_REUSED,
+) -> None:
+    """Raise InjectionMissed if a cell that a rule changed was never read by its block. In `reused` forwards
+    no block reads.
+    """
+    for name, planned in zip(table.names, table.cells_without(reused), strict=True):
         missed = [cell for cell in planned if cell not in cells_read]
         if missed:
             raise InjectionMissed(

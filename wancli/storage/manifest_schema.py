@@ -44,6 +44,18 @@ class StageRecord(Data):
     guidance: Strength
 
 
+class CacheRecord(Data):
+    """The settings of a step cache and, by branch, the steps that reused a residual."""
+
+    method: str
+    threshold: Annotated[float, Field(ge=0, le=100)]
+    skips: Annotated[int, Field(ge=0, le=1000)]
+    retention: Annotated[float, Field(ge=0, le=1)]
+    table: str
+    expert: Literal["both", "high", "low"]
+    reused: dict[Branch, tuple[Step, ...]]
+
+
 class ShotSettings(Data):
     """The settings of a shot as they were decided."""
 
@@ -70,6 +82,7 @@ class ShotSettings(Data):
     codec: Literal["h264", "h265"]
     decode_chunk: Annotated[int, Field(ge=1, le=64)]
     sharing: Positive = 1
+    cache: CacheRecord | None = None
 
 
 class PredictedPhase(Data):

@@ -5,7 +5,8 @@ NAME.latents.safetensors holds `latents` [z, T, H/s, W/s] fp32, still normalised
 decoding starts and is enough to finish a shot; the manifest will continue its record.
 NAME.state.safetensors holds all that a solver remembers between two steps (of `x`, `history.0`, `history.1`
 and `last` those that exist), so that sampling resumes bit for bit, and in `attention` the sums of attention
-maps; its record names the shot and the number of steps.
+maps, in `residual.cond` and `residual.uncond` what the next step reuses; its record names the shot and the
+number of steps.
 """
 
 from __future__ import annotations
@@ -27,7 +28,8 @@ if TYPE_CHECKING:
 
 Form = TypeVar("Form", bound=Data)
 
-ATTENTION = "attention"  # the tensor of a state that has another shape than its latent
+# The tensors of a state that have other shapes than its latent: one name, and the beginning of names.
+ATTENTION, RESIDUAL = "attention", "residual."
 
 
 def save_latent(path: Path, z_CTYX: Tensor, record: dict[str, Any]) -> None:
@@ -66,7 +68,7 @@ def load_tensors(
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Load fp32 tensors and their record. Raises EntryError if the file is damaged or another program's.
 
-    With a `shape` tensors of another one, except ATTENTION, are damage, too, and are not read.
+    With a `shape` tensors of another one, except ATTENTION and RESIDUAL, are damage, too, and are not read.
     """
     payload, _, record = _read_sealed(path, kind, shape)
     return _parse_tensors(payload, path, kind), record
@@ -104,7 +106,7 @@ def _read_sealed(
                 raise ValueError(f"{name} is not in fp32")
         require(slices, path)
         for name, each in slices.items():
-            if shape is not None and each.shape != shape and name != ATTENTION:
+            if shape is not None and each.shape != shape and not name.startswith((ATTENTION, RESIDUAL)):
                 raise kind.damaged(path, f"{[*each.shape]} is not {[*shape]}, the shape of the shot")
 
     try:

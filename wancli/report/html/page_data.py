@@ -27,7 +27,7 @@ SCHEMA = "wancli/page/1"
 MAX_CELLS = 150_000  # measured effects of blocks; beyond them a page has only their means over the steps
 _SHOT_KEYS = (
     "width", "height", "frames", "tokens", "seed", "noise", "solver", "steps", "shift", "guidance", "stages",
-    "fps", "crf", "codec", "decode_chunk", "sharing",
+    "fps", "crf", "codec", "decode_chunk", "sharing", "cache",
 )  # fmt: skip
 
 

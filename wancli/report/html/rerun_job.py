@@ -8,7 +8,7 @@ from typing import Any
 from wancli.pictures.sizes import official_area
 from wancli.storage.attention_schema import AttentionRecord
 from wancli.storage.injection_schema import AreaRecord, EmphasisRecord, LoraRecord, RuleRecord, SteerRecord
-from wancli.storage.manifest_schema import ShotRecord, ShotSettings
+from wancli.storage.manifest_schema import CacheRecord, ShotRecord, ShotSettings
 from wancli.storage.prompt_schema import InjectedPictureRecord, PromptRecord, TimelineRecord
 
 Job = dict[str, Any]
@@ -54,6 +54,7 @@ def build_job(record: ShotRecord, output: str) -> Job:
             "guidance": _guidance_value(shot),
             **({} if shot.boundary is None else {"boundary": shot.boundary}),
         },
+        **({"cache": _cache_value(shot.cache)} if shot.cache else {}),
         "text": {
             "max_tokens": record.prompt.max_tokens,
             "truncate": any(prompt.truncated for prompt in record.prompts),
@@ -109,6 +110,11 @@ def _guidance_value(shot: ShotSettings) -> Any:
     """Return the guidance of the only expert, or that of each of two."""
     by_expert = {stage.expert: stage.guidance for stage in shot.stages if stage.expert != "only"}
     return {"high": shot.guidance, "low": shot.guidance} | by_expert if by_expert else shot.guidance
+
+
+def _cache_value(cache: CacheRecord) -> Job:
+    """Return the key `cache`. The shot was rendered, so a cache of few steps was wanted."""
+    return {key: value for key, value in cache.as_dict().items() if key != "reused"} | {"force": True}
 
 
 def _prompt_value(prompt: PromptRecord) -> Any:

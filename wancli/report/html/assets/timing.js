@@ -21,6 +21,7 @@ function drawTime(shot) {
       batchTime()),
     h('div', {}, h('h3', { style: { 'margin-top': '0' } }, `Noise levels: ${shot.solver}, ${shot.steps} steps, shift ${shot.shift}`),
       curves({ lines: [{ points: sigmas.map((sigma, i) => [i, sigma]), label: 'σ after step' }], top: 1, xLabel: 'step', yLabel: 'σ', title: 'Noise level over the steps' }),
+      cacheStrip(shot),
       effects && [h('h3', {}, 'Change of the velocity by the injection'),
         curves({
           lines: [...new Set(effects.branches)].map((branch, i) => ({
@@ -30,6 +31,19 @@ function drawTime(shot) {
           top: 100 * Math.max(...effects.velocity), xLabel: 'step', yLabel: '%', title: 'Relative change of the velocity over the steps, percent',
         })])));
   return root;
+}
+
+// Which steps of each branch ran the blocks, and which reused the residual of an earlier one.
+function cacheStrip(shot) {
+  if (!shot.cache) return null;
+  const { reused } = shot.cache;
+  const steps = stepsOf(shot);
+  const draw = (branch) => steps.map((ran, step) => (!ran.includes(branch) ? ' ' : reused[branch].includes(step) ? '·' : '█')).join('');
+  const all = steps.reduce((sum, ran) => sum + ran.length, 0);
+  const computed = all - Object.values(reused).reduce((sum, found) => sum + found.length, 0);
+  return [h('h3', {}, `Step cache: ${computed} of ${all} forwards`),
+    h('pre', { id: 'cache-strip' }, Object.keys(reused).map((branch) => `${branch.padEnd(7)}${draw(branch)}`).join('\n')),
+    muted(`${shot.cache.method}, threshold ${shot.cache.threshold}, skips ${shot.cache.skips}, retention ${shot.cache.retention}, table ${shot.cache.table}. A dot is a step that reuses the residual of an earlier one.`)];
 }
 
 function batchTime() {

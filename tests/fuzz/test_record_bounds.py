@@ -33,6 +33,7 @@ FREE, SIGNED, LARGE, WHOLE = set(NUMBERS), {"-1"}, {"2**63", "10**39"}, {"-1", "
 # Which of the numbers a field accepts; all other fields accept none.
 ACCEPTED_NUMBERS = {
     "BlockMap.forwards": FREE,
+    "BlockMap.parts.values[]": FREE,
     "BlockMap.ranges[][]": WHOLE,  # looked at with the number of blocks
     "BlockMap.seconds": FREE,
     "BlockMap.total[]": FREE,
@@ -53,6 +54,7 @@ ACCEPTED_NUMBERS = {
     "LoraRecord.scales[]": FREE,
     "LoraRecord.strength": SIGNED,
     "Manifest.first_step_after": FREE,
+    "MeasuredBranch.parts.values[]": FREE,
     "MeasuredBranch.total[]": FREE,
     "MeasuredBranch.values[][]": FREE,
     "MemoryRow.expected": FREE,

@@ -80,7 +80,7 @@ def test_the_map_is_written_printed_and_stored(probe: Probe, folder: Path, cache
     assert result.out.splitlines()[-1] == f"map: {path}"
     assert "inject map of shot 0000: 4 blocks at 2 noise levels" in result.out
     assert "suggestion: blocks: " in result.out
-    assert max(map(len, result.out.splitlines()[:-1])) <= 80
+    assert max(map(len, result.out.splitlines()[:-2])) <= 80
     found = block_map.read(path)
     assert found is not None
     assert [block_map.read(kept) for kept in (cache / "maps").glob("*/*.json")] == [found]
@@ -232,8 +232,21 @@ def test_full_renders_are_scored_in_pixels_and_not_rendered_twice(
         for path in videos
     )
     assert found["total"] == [pytest.approx(np.abs(other - plain).mean()) for other in others]
+    kinds = ["colour", "background", "motion", "structure"]
+    assert [(kind, len(found["changes"][kind])) for kind in kinds] == [(kind, 2) for kind in kinds]
+    assert all(value > 0 for value in found["changes"]["background"])
     forbid_calls(monkeypatch)
+    again = probe("--method", "render", "--ranges", "2")
     assert document(probe("--json", "--method", "render", "--ranges", "2"))["total"] == found["total"]
+    lines = again.out.splitlines()
+    assert [line.split() for line in lines if line.endswith("structure")] == [["blocks", *kinds]]
+    (told,) = [line for line in lines if line.startswith("changed most: ")]
+    best = "0-1" if found["changes"]["colour"][0] >= found["changes"]["colour"][1] else "2-3"
+    assert told.startswith(f"changed most: colour by blocks {best}, background by blocks ")
+    assert max(map(len, lines[:-2])) <= 80
+    suggested = f"suggestion: blocks: {found['suggestion']}"
+    command = f"wancli render {folder}/job.yaml --pick 0000 --set inject.0.blocks={found['suggestion']}"
+    assert lines[-3:-1] == [suggested, f"check it: {command} -o check/"]
 
 
 # ---- what is asked for ----

@@ -107,6 +107,7 @@ def probe_command(
         print_json(result.as_dict())
     else:
         terminal.show(block_map_text.format_map(result))
+        terminal.show(block_map_text.format_next_step(result, job))
         print(make_printable(f"map: {path}"))
     return ExitStatus.OK
 

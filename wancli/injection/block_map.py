@@ -22,6 +22,8 @@ from wancli.units import format_ranges
 SCHEMA = "wancli/map/1"
 Method = Literal["inject", "gradient", "skip", "render"]
 Attended = Literal["text", "image"]  # what blocks attend to
+Change = Annotated[float, Field(ge=0, le=2)]  # 1 - SSIM is up to 2
+SUGGESTED = 8
 METHODS: tuple[Method, ...] = get_args(Method)  # the most direct measurement of a block first
 
 
@@ -48,7 +50,8 @@ class MeasuredBranch(MapPart):
 
     `values` has a row for each noise level, and `total` is the mean of the rows. A row has a number for each
     block, or, if the map has `ranges`, for each range. `hits` counts the blocks that read what was injected.
-    `parts` has by name the total of parts of the video, such as `inside` and `outside`.
+    `parts` has by name the total of parts of the video, such as `inside` and `outside`, and `changes` what
+    changed in the pixels of whole renders: `colour`, `background`, `motion`, `structure`, as shares.
     """
 
     main: str  # the shot's own prompt, or the names of its pictures
@@ -59,6 +62,7 @@ class MeasuredBranch(MapPart):
     suggestion: str
     hits: Count | None = None
     parts: dict[str, list[float]] | None = None
+    changes: dict[str, list[Change]] | None = None
 
 
 class NoiseLevel(MapPart):
@@ -95,6 +99,7 @@ class BlockMap(MapPart):
     created: str
     hits: Count | None = None
     parts: dict[str, list[float]] | None = None
+    changes: dict[str, list[Change]] | None = None
     image: MeasuredBranch | None = None
 
     @model_validator(mode="after")
@@ -103,7 +108,8 @@ class BlockMap(MapPart):
         if not width or not self.branches:
             raise ValueError("nothing was measured")
         for branch in self.branches.values():
-            rows = [*branch.values, branch.total, *(branch.parts or {}).values()]
+            by_name = (branch.parts or {}) | (branch.changes or {})
+            rows = [*branch.values, branch.total, *by_name.values()]
             if len(branch.values) != len(self.levels) or any(len(row) != width for row in rows):
                 raise ValueError("the rows are not as long as the blocks are many")
         if any(not r or not 0 <= min(r) <= max(r) < self.model.blocks for r in self.ranges or []):
@@ -112,10 +118,11 @@ class BlockMap(MapPart):
 
     def as_dict(self) -> dict[str, Any]:
         """Convert to the JSON object of a map file."""
-        later = {name for name in ("hits", "parts", "image") if getattr(self, name) is None}
+        later = {name for name in ("hits", "parts", "changes", "image") if getattr(self, name) is None}
         document = self.model_dump(exclude=later)
-        if self.image and self.image.parts is None:
-            del document["image"]["parts"]
+        for name in ("parts", "changes") if self.image else ():
+            if getattr(self.image, name) is None:
+                del document["image"][name]
         return {"schema": SCHEMA, **document}
 
     @property
@@ -126,6 +133,7 @@ class BlockMap(MapPart):
             found["text"] = MeasuredBranch(
                 main=pair.main, injected=pair.injected, ids=pair.ids, values=self.values, total=self.total,
                 suggestion=self.suggestion, hits=self.hits, parts=self.parts,
+                changes=self.changes,
             )  # fmt: skip
         return found | ({"image": self.image} if self.image else {})
 
@@ -165,11 +173,12 @@ def rank(values: Sequence[float]) -> list[int]:
 
 
 def suggest_blocks(total: Sequence[float], ranges: Sequence[Sequence[int]] | None) -> str:
-    """Suggest a value for `blocks:`: the quarter of the blocks or the range that changed the output most."""
+    """Suggest a value for `blocks:`: the blocks, or the range, that changed the output most. Of blocks these
+    are a quarter, and at most as many as `auto:top8` takes."""
     ranking = rank(total)
     if ranges is not None:
         return format_blocks(ranges[ranking[0]])
-    return format_blocks(ranking[: max(1, len(total) // 4)])
+    return format_blocks(ranking[: max(1, min(SUGGESTED, len(total) // 4))])
 
 
 def format_blocks(blocks: Sequence[int]) -> str:

@@ -8,8 +8,11 @@ from __future__ import annotations
 
 import itertools
 import time
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from wancli.engine import batch
 from wancli.engine.context import RenderContext
@@ -21,6 +24,10 @@ from wancli.plan.shot import Shot
 from wancli.probe import request
 from wancli.probe.request import Measured, ProbeRequest
 from wancli.video import mp4
+from wancli.video.kinds_of_change import KINDS, measure_kinds
+
+if TYPE_CHECKING:
+    from wancli.video.kinds_of_change import Picture
 
 
 def measure(probe: ProbeRequest, context: RenderContext) -> BlockMap:
@@ -35,15 +42,32 @@ def measure(probe: ProbeRequest, context: RenderContext) -> BlockMap:
         if outcome.error:
             raise outcome.error
     plain, *others = shots
-    differences = iter([mean_difference(shot.output, plain.output) for shot in others])
+    looked_at = iter([(shot.output, plain.output) for shot in others])
     measured = {
-        subject.attended: Measured([], [next(differences) for _ in probe.ranges])
+        subject.attended: _compare_ranges([next(looked_at) for _ in probe.ranges])
         for subject in probe.subjects
     }
     forwards = sum(
         (shot.steps - schedule.placement(shot).shared_steps) * shot.forwards_per_step for shot in shots
     )
     return request.build_map(probe, measured, time.monotonic() - began, forwards)
+
+
+def _compare_ranges(pairs: Sequence[tuple[Path, Path]]) -> Measured:
+    """Compare the video of each range with the plain one: by how much the pixels changed, and what did."""
+    kinds = [
+        measure_kinds(partial(_read_pictures, plain), partial(_read_pictures, other))
+        for other, plain in pairs
+    ]
+    changes = {kind: [found[kind] for found in kinds] for kind in KINDS}
+    return Measured([], [mean_difference(*pair) for pair in pairs], changes=changes)
+
+
+def _read_pictures(path: Path) -> Iterator[Picture]:
+    import numpy as np
+
+    for frame in mp4.read_frames(path):
+        yield np.frombuffer(frame.rgb, dtype=np.uint8).reshape(frame.height, frame.width, 3)
 
 
 def plan_renders(probe: ProbeRequest) -> list[Shot]:

@@ -55,6 +55,7 @@ class Measured:
     total: list[float]
     hits: int | None = None
     parts: dict[str, list[float]] | None = None  # the total of each part of the video, if they are told apart
+    changes: dict[str, list[float]] | None = None  # in pixels, by kind
 
 
 @dataclass(frozen=True)
@@ -265,6 +266,7 @@ def build_map(
         created=datetime.now(UTC).isoformat(timespec="seconds"),
         hits=text.hits if text else None,
         parts=text.parts if text else None,
+        changes=text.changes if text else None,
         image=_build_branch(probe, "image", measured, ranges),
     )
 
@@ -296,4 +298,5 @@ def _build_branch(
         suggestion=block_map.suggest_blocks(found.total, ranges),
         hits=found.hits,
         parts=found.parts,
+        changes=found.changes,
     )

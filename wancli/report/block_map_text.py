@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import shlex
+from collections.abc import Iterator, Mapping, Sequence
 
 from wancli.injection.block_map import BlockMap, MeasuredBranch, format_blocks, rank
-from wancli.report.terminal import draw_bar, draw_ruler, truncate
+from wancli.report.terminal import draw_bar, draw_ruler, truncate, wrap
 from wancli.units import format_seconds, pluralize
 
 STRONGEST = 8
@@ -47,7 +48,32 @@ def _format_branch(found: BlockMap, branch: MeasuredBranch) -> Iterator[str]:
             line = " " * len("strongest:")
         line += part
     yield line
+    if branch.changes:
+        yield from _format_changes(found, branch.changes)
     yield f"suggestion: blocks: {branch.suggestion}"
+
+
+def _format_changes(found: BlockMap, changes: Mapping[str, Sequence[float]]) -> Iterator[str]:
+    """Format what changed in the pixels: a row for each range, and the range that changed each kind most."""
+    yield ""
+    yield f"{'blocks':>18}" + "".join(f"  {kind:>12}" for kind in changes)
+    for place in range(len(found.ranges or [])):
+        cells = []
+        for values in changes.values():
+            share = values[place] / (max(values) or 1.0)
+            cells.append(f"  {f'{100 * values[place]:.1f} % {draw_bar([share])}':>12}")
+        yield f"{_range_label(found, place):>18}" + "".join(cells)
+    most = {kind: rank(values)[0] for kind, values in changes.items() if any(values)}
+    strongest = [f"{kind} by blocks {_range_label(found, place)}" for kind, place in most.items()]
+    if strongest:
+        yield from wrap(f"changed most: {', '.join(strongest)}", "  ")
+
+
+def format_next_step(found: BlockMap, job: str) -> Iterator[str]:
+    """Format the command that renders the suggestion, beside the other outputs of the job."""
+    branch = next(iter(found.branches.values()))
+    words = ["wancli", "render", job, "--pick", found.shot, "--set", f"inject.0.blocks={branch.suggestion}"]
+    yield f"check it: {shlex.join([*words, '-o', 'check/'])}"
 
 
 def _draw_strip(found: BlockMap, values: Sequence[float], most: float | None = None) -> str:

@@ -145,7 +145,7 @@ def test_an_orig_shape_that_does_not_fit_is_refused(tmp_path: Path, shape: list[
 
 
 @pytest.mark.parametrize(
-    "other", [Type.IQ4_NL, Type.IQ4_XS, Type.IQ2_XXS, Type.TQ1_0, Type.Q8_K, Type.I32, Type.F64, Type.IQ1_M]
+    "other", [Type.IQ3_S, Type.IQ2_XXS, Type.TQ1_0, Type.Q8_K, Type.I32, Type.F64, Type.IQ1_M]
 )
 def test_types_that_wancli_does_not_read_are_refused_by_name(tmp_path: Path, other: Type):
     size = gguf.GGML_QUANT_SIZES[other][1]

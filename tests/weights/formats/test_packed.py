@@ -47,7 +47,9 @@ def random_blocks(name: str, count: int) -> np.ndarray:
     """Blocks [count, bytes] of random fields and integer scales, with sane half-precision scales."""
     rng = np.random.default_rng(5)
     blocks = rng.integers(0, 256, (count, BLOCK_SIZES[name][1]), dtype=np.uint8)
-    halves = {"Q6_K": [208], "Q3_K": [108], "Q2_K": [80, 82], "Q8_0": [0], "Q4_0": [0], "Q5_0": [0]}
+    halves = {"Q6_K": [208], "Q3_K": [108], "Q2_K": [80, 82]} | {
+        name: [0] for name in ("Q8_0", "Q4_0", "Q5_0", "IQ4_NL", "IQ4_XS")
+    }
     for at in halves.get(name, [0, 2]):
         blocks[:, at : at + 2] = rng.normal(0, 0.01, (count, 1)).astype(np.float16).view(np.uint8)
     return blocks

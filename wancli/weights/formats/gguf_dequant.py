@@ -134,6 +134,32 @@ def _q2_k(blocks_BT: Tensor, out_BE: Tensor) -> None:
     _apply_scales(q_BE, scale_BS, out_BE, minus_BS)
 
 
+@cache
+def _iq4_levels(device: torch.device) -> Tensor:
+    """[16] fp32: the numbers that the 4 bits of IQ4 stand for, closer together near zero."""
+    levels = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
+    return torch.tensor(levels, dtype=torch.float32, device=device)
+
+
+def _look_up_iq4(bytes_BXW: Tensor) -> Tensor:
+    """[B, E] fp32: the levels of two fields per byte."""
+    q_BE = _unpack_fields(bytes_BXW, 4).flatten(1)
+    return _iq4_levels(q_BE.device).index_select(0, q_BE.flatten().int()).view_as(q_BE)
+
+
+def _iq4_nl(blocks_BT: Tensor, out_BE: Tensor) -> None:
+    out_BE.copy_(_look_up_iq4(blocks_BT[:, None, 2:]))
+    out_BE.mul_(_read_half(blocks_BT, 0))
+
+
+def _iq4_xs(blocks_BT: Tensor, out_BE: Tensor) -> None:
+    high = _unpack_fields(blocks_BT[:, 2:4, None], 2).flatten(1)  # 8 scales: high 2 bits here,
+    low = _unpack_fields(blocks_BT[:, 4:8, None], 4).flatten(1)  # low 4 bits here
+    scale_BS = (low | high << 4).view(torch.int8) - 32
+    q_BE = _look_up_iq4(blocks_BT[:, 8:].reshape(-1, 8, 16))
+    _apply_scales(q_BE, _read_half(blocks_BT, 0) * scale_BS, out_BE)
+
+
 # Each takes contiguous blocks [B, T] uint8 and fills [B, E] fp32.
 DECODERS: Mapping[str, Callable[[Tensor, Tensor], None]] = {
     "Q8_0": _q8_0,
@@ -146,4 +172,6 @@ DECODERS: Mapping[str, Callable[[Tensor, Tensor], None]] = {
     "Q5_1": _q5_1,
     "Q4_0": _q4_0,
     "Q4_1": _q4_1,
+    "IQ4_NL": _iq4_nl,
+    "IQ4_XS": _iq4_xs,
 }

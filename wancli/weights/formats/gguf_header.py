@@ -38,6 +38,8 @@ BLOCK_SIZES = {
     "Q4_K": (256, 144),
     "Q5_K": (256, 176),
     "Q6_K": (256, 210),
+    "IQ4_NL": (32, 18),
+    "IQ4_XS": (256, 136),
 }
 # Types that no weight has, but a tokenizer that was stored as a tensor may have.
 NUMBER_SIZES = {"I8": (1, 1), "I16": (1, 2), "I32": (1, 4), "I64": (1, 8), "F64": (1, 8)}
@@ -56,7 +58,7 @@ TYPE_NAMES = {
     39: "MXFP4",
     40: "NVFP4",
 }
-OTHER_PRECISION = "download a version that is F16, BF16, Q8_0 or a Q*_K"
+OTHER_PRECISION = "download a version that is F16, BF16, Q8_0, IQ4 or a Q*_K"
 MAX_DIMS = 5  # ggml knows 4; city96's converter writes Wan's patch embedding with 5
 ORIG_SHAPE = "comfy.gguf.orig_shape."
 _MAX_ELEMENTS = 2**48  # numbers of a tensor, an empty side counted as one; torch refuses more

@@ -34,7 +34,7 @@ FLOATS = {"F16", "BF16", "F32", "F64"}
 FP8 = {"F8_E4M3", "F8_E5M2"}
 GGUF_TYPES = {
     *("F32", "F16", "BF16", "Q8_0", "Q6_K", "Q5_K", "Q4_K", "Q3_K", "Q2_K"),
-    *("Q5_0", "Q5_1", "Q4_0", "Q4_1"),
+    *("Q5_0", "Q5_1", "Q4_0", "Q4_1", "IQ4_NL", "IQ4_XS"),
 }
 COMFY_FORMATS = {"float8_e4m3fn", "float8_e5m2"}
 WEIGHT_SCALES = ("scale_weight", "weight_scale")

@@ -93,7 +93,7 @@ def test_these_are_all_commands_and_options_and_a_new_one_is_added_here_on_purpo
         " --cache-dir --progress -q/--quiet",
         "wancli probe JOB --method --levels --ranges --by --shot -o/--output --set --json --cache-dir"
         " --progress -q/--quiet",
-        "wancli compare VIDEO... -o/--output --video --baseline --json --progress -q/--quiet",
+        "wancli compare VIDEO... -o/--output --video --baseline --by --json --progress -q/--quiet",
         "wancli report DIR|JOB -o/--output --csv --cache-dir",
         "wancli explore MODEL -o/--output",
         "wancli fetch REPOSITORY... --list --dry-run --json --cache-dir --progress -q/--quiet",

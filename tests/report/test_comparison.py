@@ -35,7 +35,7 @@ from wancli.engine import pipeline
 from wancli.engine.context import RenderContext
 from wancli.errors import FfmpegError, NotFinite, Stopped
 from wancli.progress import Progress
-from wancli.report import comparison, comparison_metrics
+from wancli.report import comparison, comparison_files, comparison_metrics
 from wancli.report.comparison_areas import find_inside
 from wancli.storage import manifest
 from wancli.video import clip, contact_sheet, metrics, mp4
@@ -232,14 +232,18 @@ def test_a_video_that_goes_on_where_the_baseline_ends_is_not_identical(tmp_path:
 def test_many_videos_go_onto_pages_with_the_baseline_on_each(tmp_path: Path) -> None:
     one = clip.Clip(Path("x.mp4"), "x", None, mp4.VideoInfo(1, 8, 64, 64))
     clips = [clip.Clip(Path(f"{n}.mp4"), str(n), None, one.info) for n in range(8)]
-    found = comparison._split_into_files(Path("s.png"), clips, dict.fromkeys(map(str, range(8)), clips[2]), 4)
-    assert [(str(path), [one.id for one in part]) for path, part in found] == [
+    found = comparison_files.split_into_files(
+        Path("s.png"), clips, dict.fromkeys(map(str, range(8)), clips[2]), 4, None
+    )
+    assert [(str(file.path), [one.id for one in file.clips]) for file in found] == [
         ("s.png", ["2", "0", "1", "3"]),
         ("s-2.png", ["2", "4", "5", "6"]),
         ("s-3.png", ["2", "7"]),
     ]
-    (alone,) = comparison._split_into_files(Path("s.png"), clips[:4], dict.fromkeys("0123", clips[2]), 4)
-    assert [one.id for one in alone[1]] == ["0", "1", "2", "3"]
+    (alone,) = comparison_files.split_into_files(
+        Path("s.png"), clips[:4], dict.fromkeys("0123", clips[2]), 4, None
+    )
+    assert [one.id for one in alone.clips] == ["0", "1", "2", "3"]
 
 
 def test_a_sheet_says_what_blocks_read_and_not_what_has_strength_0() -> None:
@@ -254,8 +258,12 @@ def test_on_pages_of_many_videos_each_has_its_own_baseline(tmp_path: Path) -> No
     about = mp4.VideoInfo(1, 8, 64, 64)
     clips = {name: clip.Clip(Path(f"{name}.mp4"), name, None, about) for name in "aAbBcC"}
     beside = {name: clips[name.lower()] for name in clips}
-    found = comparison._split_into_files(Path("s.png"), [*clips.values()], beside, 3)
-    assert [[one.id for one in part] for _, part in found] == [["a", "A", "b"], ["b", "B", "c"], ["c", "C"]]
+    found = comparison_files.split_into_files(Path("s.png"), [*clips.values()], beside, 3, None)
+    assert [[one.id for one in each.clips] for each in found] == [
+        ["a", "A", "b"],
+        ["b", "B", "c"],
+        ["c", "C"],
+    ]
 
 
 # ---- a job ----

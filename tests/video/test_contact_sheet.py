@@ -23,11 +23,13 @@ def test_a_row_shows_first_to_last_frame_and_the_name_above(tmp_path: Path) -> N
     data = contact_sheet.draw_contact_sheet(clips.read_clips(made), ["", ""])
     picture = Image.open(io.BytesIO(data)).convert("RGB")
     cell = 2 * 64  # as often as it fits into 160
-    assert picture.width == 5 * cell + 6 * contact_sheet.GAP
-    assert picture.height == 2 * (labels.LINE_HEIGHT + 2 * 48) + 7 * contact_sheet.GAP
-    row = 2 * contact_sheet.GAP + labels.LINE_HEIGHT + 48
+    assert picture.width == 5 * cell + 4 * contact_sheet.FRAME_GAP + 2 * contact_sheet.GAP
+    line = labels.LINE_HEIGHT + contact_sheet.CAPTION_GAP
+    assert picture.height == 2 * (line + 2 * 48) + 3 * contact_sheet.GAP
+    row = contact_sheet.GAP + line + 48
     for place, index in enumerate((0, 2, 4, 6, 8)):
-        found = picture.getpixel((contact_sheet.GAP + place * (cell + contact_sheet.GAP) + cell // 2, row))
+        left = contact_sheet.GAP + place * (cell + contact_sheet.FRAME_GAP)
+        found = picture.getpixel((left + cell // 2, row))
         assert isinstance(found, tuple)
         assert all(abs(a - b) <= 4 for a, b in zip(found, colours[index], strict=True))
     name = picture.crop(
@@ -89,7 +91,7 @@ def test_metrics_are_under_the_name_and_a_long_name_is_cut(tmp_path: Path) -> No
     (one,) = clips.read_clips([clip(tmp_path / f"{'n' * 200}.mp4", [(0, 0, 0)])])
     bare = Image.open(io.BytesIO(contact_sheet.draw_contact_sheet([one], [""])))
     noted = Image.open(io.BytesIO(contact_sheet.draw_contact_sheet([one], ["SSIM 0.5"])))
-    assert noted.height == bare.height + labels.LINE_HEIGHT + contact_sheet.GAP
+    assert noted.height == bare.height + labels.LINE_HEIGHT + contact_sheet.CAPTION_GAP
     assert noted.width == bare.width
 
 

@@ -19,7 +19,7 @@ def ink_columns(strip: np.ndarray) -> int:
 def test_a_line_has_the_letters_of_the_font_and_nothing_is_cut_above_or_below(scale: int) -> None:
     strip = draw_line("Wbdl gjpqy (W)", 200 * scale, scale)
     assert strip.shape == (LINE_HEIGHT * scale, 200 * scale, 3)
-    font = ImageFont.load_default(10 * scale)
+    font = ImageFont.load_default(13 * scale)
     tall = Image.new("L", (200 * scale, 60), PAPER)
     ImageDraw.Draw(tall).text((0, 0), "Wbdl gjpqy (W)", fill=INK, font=font)
     wanted = np.asarray(tall)

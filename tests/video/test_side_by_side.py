@@ -103,7 +103,7 @@ def test_names_and_metrics_are_drawn_above_the_cells(tmp_path: Path) -> None:
     one = plain(tmp_path / "one.mp4", [GREY])
     clips = clip.read_clips([one])
     plan = side_by_side.choose_layout(clips, label_lines=2)
-    page = side_by_side.draw_empty_grid(plan, clips, ["SSIM 0.5"])
+    page = side_by_side.draw_empty_grid(plan, ["one"], ["SSIM 0.5"])
     top, left = side_by_side.cell_origin(plan, 0)
     for line, words in enumerate(["one", "SSIM 0.5"]):
         wanted = labels.draw_line(words, plan.cell_width, plan.letter_scale)

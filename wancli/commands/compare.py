@@ -26,6 +26,10 @@ def compare_command(
             metavar="N|ID", help="The video that the others are compared with. Default: 0, the first."
         ),
     ] = None,
+    by: Annotated[
+        str | None,
+        typer.Option(metavar="LABEL[,LABEL]", help="Arrange by these labels, the last across."),
+    ] = None,
     as_json: Json = False,
     progress: ProgressOption = ProgressMode.auto,
     quiet: Quiet = False,
@@ -36,7 +40,7 @@ def compare_command(
     difference to the baseline: distance of the latents, PSNR, SSIM, motion.
     """
     from wancli.engine.context import RenderContext
-    from wancli.report import comparison
+    from wancli.report import comparison, comparison_files
     from wancli.video import clip
 
     display = create_display(progress.value, quiet)
@@ -44,7 +48,8 @@ def compare_command(
     context = RenderContext(None, display)
     chosen = comparison.select_baseline(clips, baseline)
     baselines = {each.id: chosen for each in clips}
-    outputs = comparison.plan_outputs(clips, baselines, output, video)
+    grid = None if by is None else comparison.arrange_clips(clips, [name.strip() for name in by.split(",")])
+    outputs = comparison_files.plan_outputs(clips, baselines, output, video, grid=grid)
     document = comparison.measure_document(clips, chosen, baselines, context)
     comparison.write_outputs(document, outputs, context)
     if as_json:

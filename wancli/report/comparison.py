@@ -10,39 +10,26 @@ import hashlib
 import json
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING
 
 from wancli import __version__
 from wancli.engine.context import RenderContext
 from wancli.errors import EntryError, JobError, NoSuchFile, Stopped, Unreadable, WancliError
 from wancli.report import comparison_metrics, earlier_shots
+from wancli.report.comparison_files import OutputFiles, plan_outputs
 from wancli.report.comparison_metrics import JsonObject
 from wancli.storage import atomic, disk, manifest, sidecars
 from wancli.storage.report_schema import COMPARISON_SCHEMA as SCHEMA
 from wancli.storage.report_schema import ComparisonRecord
-from wancli.video import clip, contact_sheet, side_by_side
+from wancli.video import clip, contact_sheet, grid_sheet, side_by_side
+from wancli.video.arrangement import Grid, arrange, find_axes, require_axes
 from wancli.video.clip import Clip
 
 if TYPE_CHECKING:
     from wancli.plan.render_plan import Comparison, Plan
     from wancli.plan.shot import Shot
-
-
-OutputFile: TypeAlias = tuple[Path, list[Clip]]  # a file and what it shows
-
-
-@dataclass(frozen=True)
-class OutputFiles:
-    """The files of a comparison."""
-
-    sheets: list[OutputFile]
-    videos: list[OutputFile]
-
-    @property
-    def paths(self) -> list[Path]:
-        return [path for path, _ in (*self.sheets, *self.videos)]
 
 
 def select_baseline(clips: Sequence[Clip], requested: str | None) -> Clip:
@@ -90,27 +77,11 @@ def _raise_if_stopped(context: RenderContext) -> None:
         raise context.stop.error("shots are done, comparing them is not")
 
 
-def plan_outputs(
-    clips: Sequence[Clip],
-    baselines: Mapping[str, Clip],
-    sheets: Path | None,
-    videos: Path | None,
-    reserved: Sequence[Path] = (),
-) -> OutputFiles:
-    """Decide which sheets and videos side by side to write: one of each unless there are too many clips.
-
-    Raises JobError if an output would replace a compared video or a `reserved` path."""
-    outputs = OutputFiles(
-        _split_into_files(sheets, clips, baselines, contact_sheet.MAX_VIDEOS) if sheets else [],
-        _split_into_files(videos, clips, baselines, side_by_side.MAX_VIDEOS) if videos else [],
-    )
-    taken = {disk.resolve(path) for path in (*reserved, *(one.path for one in clips))}
-    for path in outputs.paths:
-        if disk.resolve(path) in taken:
-            message = "is a video that is compared, or named twice"
-            raise JobError(message, where=str(path), hint="Choose another name.")
-        taken.add(disk.resolve(path))
-    return outputs
+def arrange_clips(clips: Sequence[Clip], axes: Sequence[str]) -> Grid:
+    """Arrange clips by labels of their manifests. Raises JobError for a label that no clip has."""
+    labels = {one.id: one.manifest_body.shot.labels if one.manifest_body else {} for one in clips}
+    require_axes(axes, [*labels.values()], "--by")
+    return arrange(clips, labels, axes)
 
 
 def write_outputs(document: JsonObject, outputs: OutputFiles, context: RenderContext) -> None:
@@ -121,39 +92,19 @@ def write_outputs(document: JsonObject, outputs: OutputFiles, context: RenderCon
         for named in (True, False)
     )
     with context.progress.phase("draw", ids, len(outputs.paths)) as bar:
-        for path, part in outputs.sheets:
-            contact_sheet.write(
-                path, contact_sheet.draw_contact_sheet(part, [captions[one.id] for one in part])
+        for file in outputs.sheets:
+            if file.grid:
+                sheet = grid_sheet.draw_grid_sheet(file.grid, short_captions)
+            else:
+                sheet = contact_sheet.draw_contact_sheet(file.clips, [captions[one.id] for one in file.clips])
+            contact_sheet.write(file.path, sheet)
+            bar.advance()
+        for file in outputs.videos:
+            _raise_if_stopped(context)
+            side_by_side.write(
+                file.path, file.clips, [short_captions[one.id] for one in file.clips], file.grid
             )
             bar.advance()
-        for path, part in outputs.videos:
-            _raise_if_stopped(context)
-            side_by_side.write(path, part, [short_captions[one.id] for one in part])
-            bar.advance()
-
-
-def _split_into_files(
-    path: Path, clips: Sequence[Clip], baselines: Mapping[str, Clip], most: int
-) -> list[OutputFile]:
-    """Divide clips among NAME.png, NAME-2.png and so on: at most `most` in a file, each with its baseline.
-
-    A single file keeps the order of the clips. In several files, each baseline comes before its clips."""
-    if len(clips) <= most:
-        return [(path, [*clips])]
-    parts: list[list[Clip]] = [[]]
-    placed: set[str] = set()
-    for one in clips:
-        if one.id in placed:
-            continue
-        pair = {clip.id: clip for clip in (baselines.get(one.id, one), one)}
-        wanted = [clip for clip in pair.values() if clip not in parts[-1]]
-        if len(parts[-1]) + len(wanted) > most:
-            parts.append([])
-            wanted = [*pair.values()]
-        parts[-1] += wanted
-        placed |= pair.keys()
-    names = [path, *(path.with_stem(f"{path.stem}-{number}") for number in range(2, len(parts) + 1))]
-    return list(zip(names, parts))
 
 
 def run_comparison(plan: Plan, context: RenderContext) -> None:
@@ -185,7 +136,9 @@ def _compare_shots(plan: Plan, wanted: Comparison, context: RenderContext) -> No
     path = plan.sidecar_path("compare.json")
     shown_before = earlier_shots.read_earlier_comparison(path)
     earlier = earlier_shots.earlier_clips(path, shown_before, plan.all_shots)
-    key = _comparison_key(done, wanted, earlier)
+    labels = {shot.id: shot.labels for shot in done} | {one.id: one.record.shot.labels for one in earlier}
+    axes = find_axes([*labels.values()])
+    key = _comparison_key(done, wanted, earlier, axes)
     if _is_current(path, key):
         return
     # A manifest may be of a time when the shot had another id.
@@ -200,7 +153,12 @@ def _compare_shots(plan: Plan, wanted: Comparison, context: RenderContext) -> No
     png, mp4 = path.with_suffix(".png"), path.with_suffix(".mp4")
     outputs = [shot.output for shot in plan.all_shots]
     files = plan_outputs(
-        clips, baselines, png if wanted.sheet else None, mp4 if wanted.video else None, outputs
+        clips,
+        baselines,
+        png if wanted.sheet else None,
+        mp4 if wanted.video else None,
+        outputs,
+        arrange(clips, labels, axes) if axes else None,
     )
     document = measure_document(clips, baseline, baselines, context, plan.name)
     write_outputs(document, files, context)
@@ -256,13 +214,16 @@ def _write_document(path: Path, document: JsonObject) -> None:
 
 
 def _comparison_key(
-    shots: Sequence[Shot], wanted: Comparison, earlier: Sequence[earlier_shots.EarlierClip]
+    shots: Sequence[Shot],
+    wanted: Comparison,
+    earlier: Sequence[earlier_shots.EarlierClip],
+    axes: Sequence[str],
 ) -> str:
     """Hash everything that a comparison of finished shots depends on."""
     records = [manifest.read(shot.manifest) for shot in shots]
     files = [[file.as_dict() for file in record.files] if record else [] for record in records]
     videos = [[shot.id, listed, disk.exists(shot.latents)] for shot, listed in zip(shots, files)]
-    requested = [[wanted.baselines[shot.id] for shot in shots], wanted.sheet, wanted.video]
+    requested = [[wanted.baselines[shot.id] for shot in shots], wanted.sheet, wanted.video, [*axes]]
     more = [[one.id, one.baseline, [file.as_dict() for file in one.record.files]] for one in earlier]
     made_of = [SCHEMA, __version__, requested, videos, *([more] if more else [])]
     return hashlib.sha256(json.dumps(made_of).encode()).hexdigest()

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import io
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
 
@@ -27,7 +27,9 @@ if TYPE_CHECKING:
 FRAMES_PER_VIDEO = 5
 MAX_CELL_WIDTH = 160  # columns of a frame at most; smaller ones are shown as a whole multiple
 MAX_VIDEOS = 60  # videos on a sheet
-GAP = 8
+GAP = 16  # between two videos
+FRAME_GAP = 3  # between two frames of a video
+CAPTION_GAP = 4  # below a line
 _SOFTWARE = ("Software", "wancli")  # of the PNG, a text that tells our sheets from other pictures
 MARKER = "\0".join(_SOFTWARE).encode()
 
@@ -37,14 +39,17 @@ def draw_contact_sheet(clips: Sequence[Clip], notes: Sequence[str]) -> bytes:
 
     Raises FfmpegError if a video does not decode.
     """
-    frame_rows = [_draw_frame_row(clip) for clip in clips]
+    import numpy as np
+
+    frame_rows = [draw_frame_row(clip) for clip in clips]
     width = max(strip.shape[1] for strip in frame_rows)
     entries = [
         _stack_vertically(
             [
                 *(draw_line(shorten_end(line, width), width) for line in _caption_lines(clip, note)),
-                _pad_to_width(strip, width),
-            ]
+                pad_to_width(strip, width),
+            ],
+            GAP,
         )
         for clip, note, strip in zip(clips, notes, frame_rows, strict=True)
     ]
@@ -52,7 +57,7 @@ def draw_contact_sheet(clips: Sequence[Clip], notes: Sequence[str]) -> bytes:
     columns = max(1, round(math.sqrt(height / (width + GAP))))
     entries_per_column = -(-len(entries) // columns)
     sheet_columns = [
-        _stack_vertically(entries[at : at + entries_per_column])
+        np.concatenate(entries[at : at + entries_per_column])
         for at in range(0, len(entries), entries_per_column)
     ]
     return encode_png(_place_side_by_side(sheet_columns))
@@ -86,14 +91,14 @@ def downscale(picture_YX3: Picture, factor: int) -> Picture:
     return np.asarray(Image.fromarray(picture_YX3).reduce(factor))
 
 
-def _draw_frame_row(clip: Clip) -> Picture:
-    """Draw frames from first to last, side by side."""
+def draw_frame_row(clip: Clip, count: int = FRAMES_PER_VIDEO) -> Picture:
+    """Draw frames from first to last, side by side; the middle one if `count` is 1."""
     import numpy as np
 
     last = clip.info.frame_count - 1
-    chosen = sorted({round(i * last / (FRAMES_PER_VIDEO - 1)) for i in range(FRAMES_PER_VIDEO)})
+    chosen = sorted({round(i * last / (count - 1)) for i in range(count)}) if count > 1 else [last // 2]
     cells = [_fit_to_cell(picture) for index, picture in enumerate(clip.read_pictures()) if index in chosen]
-    gap = np.full((len(cells[0]), GAP, 3), PAPER, dtype=np.uint8)
+    gap = np.full((len(cells[0]), FRAME_GAP, 3), PAPER, dtype=np.uint8)
     return np.concatenate([part for cell in cells for part in (cell, gap)][:-1], axis=1)
 
 
@@ -130,7 +135,7 @@ def _describe_rule(rule: RuleRecord, text: str) -> str:
     return f"  blocks {blocks} at {strength} read: {text}"
 
 
-def _pad_to_width(picture_YX3: Picture, width: int) -> Picture:
+def pad_to_width(picture_YX3: Picture, width: int) -> Picture:
     import numpy as np
 
     padded = np.full((len(picture_YX3), width, 3), PAPER, dtype=np.uint8)
@@ -138,12 +143,15 @@ def _pad_to_width(picture_YX3: Picture, width: int) -> Picture:
     return padded
 
 
-def _stack_vertically(pictures: Iterable[Picture]) -> Picture:
-    """Stack pictures of one width, with a gap below each."""
+def _stack_vertically(pictures: Sequence[Picture], below: int) -> Picture:
+    """Stack pictures of one width, with a small gap between them and `below` under the last."""
     import numpy as np
 
-    with_gaps = [np.pad(part, ((0, GAP), (0, 0), (0, 0)), constant_values=PAPER) for part in pictures]
-    return np.concatenate(with_gaps)
+    gaps = [*[CAPTION_GAP] * (len(pictures) - 1), below]
+    padded = [
+        np.pad(part, ((0, gap), (0, 0), (0, 0)), constant_values=PAPER) for part, gap in zip(pictures, gaps)
+    ]
+    return np.concatenate(padded)
 
 
 def _place_side_by_side(columns: Sequence[Picture]) -> Picture:

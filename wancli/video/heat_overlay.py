@@ -40,7 +40,7 @@ def write(path: Path, video: Path, info: mp4.VideoInfo, maps_WTYX: Maps, words: 
     layout = choose_layout(cells, label_lines=2)
 
     def draw_pages() -> Iterator[bytes]:
-        page_YX3 = draw_empty_grid(layout, cells, [f"at most {100 * top:.3g} %" for top in tops])
+        page_YX3 = draw_empty_grid(layout, words, [f"at most {100 * top:.3g} %" for top in tops])
         for number, picture_YX3 in enumerate(cells[0].read_pictures()):
             for place, (maps_TYX, top) in enumerate(zip(maps_WTYX, tops)):
                 heat_YX = maps_TYX[latent_frame(number)] / (top or 1.0)

@@ -22,9 +22,9 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from PIL.ImageFont import FreeTypeFont
 
-LINE_HEIGHT = 12  # rows of a line at scale 1, with room for the tails of g and y
+LINE_HEIGHT = 16  # rows of a line at scale 1, with room for the tails of g and y
 PAPER, INK = 250, 40
-_FONT_SIZE = 10
+_FONT_SIZE = 13
 _ELLIPSIS = "..."
 _SYSTEM_FONTS = tuple(
     Path("/usr/share/fonts") / name

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, TypeAlias
 
 from wancli.storage import atomic, sidecars
 from wancli.video import mp4
+from wancli.video.arrangement import Grid
 from wancli.video.clip import Clip
 from wancli.video.contact_sheet import downscale, upscale
 from wancli.video.labels import LINE_HEIGHT, PAPER, draw_line, shorten_end, shorten_middle
@@ -62,22 +63,31 @@ class Layout:
         return width + width % 2, height + height % 2
 
 
-def write(path: Path, clips: Sequence[Clip], notes: Sequence[str]) -> None:
-    """Write the MP4, with the first line of `notes` under each name.
+def write(path: Path, clips: Sequence[Clip], notes: Sequence[str], grid: Grid | None = None) -> None:
+    """Write the MP4, with the first line of `notes` under each name. In a grid the values of the axes are the
+    names, and with two axes or more its columns are those of the MP4.
 
     An earlier file of this kind is replaced, another file of that name is moved aside. The grid runs as fast
     as the fastest video and as long as the longest; the others hold their last frame.
 
     Raises FfmpegError, NoSpace, MachineError.
     """
-    layout = choose_layout(clips, label_lines=2 if any(notes) else 1)
+    if grid and len(grid.rows) > len(grid.columns) > 1:
+        grid = grid.with_groups_across
+        note_by_id = {clip.id: note for clip, note in zip(clips, notes, strict=True)}
+        clips, notes = grid.clips, [note_by_id[clip.id] for clip in grid.clips]
+    columns = len(grid.columns) if grid and len(grid.columns) > 1 else None
+    cells = [index for index, clip in enumerate(grid.cells) if clip] if grid else [*range(len(clips))]
+    count_cells = len(grid.cells) if grid else len(clips)
+    layout = choose_layout(clips, 2 if any(notes) else 1, columns, count_cells)
+    names = [grid.titles[cell] for cell in cells] if grid else [clip.id for clip in clips]
     fps = max(clip.info.fps for clip in clips)
     count = max(math.ceil(clip.info.frame_count * fps / clip.info.fps) for clip in clips)
 
     def draw_pages() -> Iterator[bytes]:
-        page_YX3 = draw_empty_grid(layout, clips, notes)
+        page_YX3 = draw_empty_grid(layout, names, notes, cells)
         for pictures in _synchronize(clips, fps, count):
-            for place, picture_YX3 in enumerate(pictures):
+            for place, picture_YX3 in zip(cells, pictures):
                 if picture_YX3 is not None:
                     paste(page_YX3, layout, place, picture_YX3)
             yield page_YX3.tobytes()
@@ -115,15 +125,20 @@ def write_pages(
     )
 
 
-def choose_layout(clips: Sequence[Clip], label_lines: int) -> Layout:
-    """Choose the grid that comes closest to 16:9, at the largest scale that fits."""
+def choose_layout(
+    clips: Sequence[Clip], label_lines: int, columns: int | None = None, cells: int | None = None
+) -> Layout:
+    """Choose the grid at the largest scale that fits: of these columns, or that which comes closest to 16:9.
+
+    `cells` counts its cells if some of them are empty."""
+    cells = cells or len(clips)
     width, height = max(clip.info.width for clip in clips), max(clip.info.height for clip in clips)
 
     def grid(columns: int, times: int, step: int) -> Layout:
         cell = (-(-width // step) * times, -(-height // step) * times)
         return Layout(
             columns,
-            -(-len(clips) // columns),
+            -(-cells // columns),
             *cell,
             times,
             step,
@@ -132,11 +147,13 @@ def choose_layout(clips: Sequence[Clip], label_lines: int) -> Layout:
         )
 
     def aspect_error(columns: int) -> float:
-        wide, high = grid(columns, upscale_factor, 1).grid_size
-        return abs(math.log(wide / high / ASPECT_RATIO))
+        layout = grid(columns, upscale_factor, 1)
+        wide, high = layout.grid_size
+        empty = layout.columns * layout.rows - cells
+        return abs(math.log(wide / high / ASPECT_RATIO)) + 0.5 * empty / cells
 
     upscale_factor, downscale_factor = max(1, MIN_CELL_WIDTH // width), 1
-    columns = min(range(1, len(clips) + 1), key=aspect_error)
+    columns = columns or min(range(1, cells + 1), key=aspect_error)
     while downscale_factor < width and any(
         length > most
         for length, most in zip(grid(columns, upscale_factor, downscale_factor).grid_size, MAX_SIZE)
@@ -185,18 +202,20 @@ def paste(page_YX3: Picture, layout: Layout, index: int, picture_YX3: Picture) -
     page_YX3[top : top + scaled.shape[0], left : left + scaled.shape[1]] = scaled
 
 
-def draw_empty_grid(layout: Layout, clips: Sequence[Clip], notes: Sequence[str]) -> Picture:
-    """Draw the grid with its labels and without pictures."""
+def draw_empty_grid(
+    layout: Layout, names: Sequence[str], notes: Sequence[str], cells: Sequence[int] | None = None
+) -> Picture:
+    """Draw the grid with its labels and without pictures; `cells` are the places of the videos."""
     import numpy as np
 
     width, height = layout.grid_size
     page_YX3 = np.full((height, width, 3), PAPER, dtype=np.uint8)
     across, scale = layout.cell_width, layout.letter_scale
-    for index, (clip, note) in enumerate(zip(clips, notes, strict=True)):
+    for index, name, note in zip(cells or range(len(names)), names, notes, strict=True):
         top, left = cell_origin(layout, index)
         below = top + layout.label_height
         page_YX3[below : below + layout.cell_height, left : left + across] = BAR_COLOUR
-        lines = [shorten_middle(clip.id, across, scale), shorten_end(note, across, scale)]
+        lines = [shorten_middle(name, across, scale), shorten_end(note, across, scale)]
         for number, text in enumerate(lines[: layout.label_lines]):
             strip = draw_line(text, across, scale)
             line_top = top + number * len(strip)

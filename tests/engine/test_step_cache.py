@@ -4,18 +4,37 @@ from __future__ import annotations
 
 import signal
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from jobs import KEPT, CommandResult, files_in, latents_of, manifest_of, rule
+from jobs import (
+    KEPT,
+    SPIECE,
+    T5,
+    TINY,
+    VAE,
+    CommandResult,
+    files_in,
+    latents_of,
+    manifest_of,
+    rule,
+    write_job,
+)
 
+from wancli.engine.output_diff import describe_record
+from wancli.job.loader import load
 from wancli.models.dit import WanModel
+from wancli.plan.planner import build_plan
+from wancli.report.html.rerun_job import build_job
 from wancli.sampling import state_file
+from wancli.storage import manifest
+from wancli.weights.checkpoint import identify
 
 NAME = "Wan2.1-T2V-1.3B"
-STEPS = 14
+STEPS = 12
 CACHED = {"cache": {"table": NAME}, "sampler": {"steps": STEPS}, "video": KEPT}
 
 Render = Callable[..., CommandResult]
@@ -73,7 +92,6 @@ def test_shots_share_steps_and_fork_with_residuals(render: Render, tmp_path: Pat
     items = [
         {"id": "late", "inject": [rule(blocks=[1], steps="5-8")]},
         {"id": "plain"},
-        {"id": "later", "inject": [rule(blocks=[2], steps="9-13")]},
         {"id": "other", "cache": {"table": NAME, "skips": 2}},
         {"id": "none", "cache": "none"},
     ]
@@ -92,3 +110,34 @@ def test_a_window_is_read_from_its_first_step_on(render: Render, tmp_path: Path)
     reused = manifest_of(tmp_path)["shot"]["cache"]["reused"]
     for branch in ("cond", "uncond"):
         assert {5, 8}.isdisjoint(reused[branch])
+
+
+def test_a_rerun_of_a_record_has_its_key_and_another_cache_is_named(
+    render: Render, tmp_path: Path, quick: Path, warm: Path
+) -> None:
+    assert render(**CACHED | {"cache": {"table": NAME, "skips": 2}}).code == 0
+    record = manifest.read(tmp_path / "out" / "clip.manifest.json")
+    assert record is not None
+    again = write_job(tmp_path, build_job(record, "again.mp4"), "again.yaml")
+    (shot,) = build_plan(load(again), warm / "memo.json").shots
+    assert shot.key == record.key
+    assert describe_record(record, shot) == ""
+    assert describe_record(record, replace(shot, cache=None)) == "made with another cache"
+
+
+def test_two_experts_with_a_cache_batch_to_the_same_bytes(
+    render: Render, tmp_path: Path, quick: Path
+) -> None:
+    (network,) = identify(quick).transformer_files
+    experts = {"high_noise": str(network), "low_noise": str(network), "heads": 2}
+    others = {"text_encoder": str(TINY / T5), "tokenizer": str(SPIECE), "vae": str(TINY / VAE)}
+    sampler = {"steps": 12, "guidance": {"high": 4, "low": 1}, "boundary": 0.8}
+    said = CACHED | {"model": experts | others, "sampler": sampler, "cache": {"table": "Wan2.2-T2V-A14B"}}
+    items = [{"id": "a", "seed": 5}, {"id": "b", "inject": [rule(blocks=[3], steps="3-6")]}]
+    streamed = said | {"items": items, "output": "out/{id}.mp4", "memory": {"residency": "streamed"}}
+    assert render(**streamed).code == 0
+    for item in items:
+        alone = tmp_path / item["id"]
+        one = said | {"items": [item], "output": "out/{id}.mp4"}
+        assert render(folder=alone, **one).code == 0
+        assert torch.equal(latents_of(tmp_path, item["id"]), latents_of(alone, item["id"]))

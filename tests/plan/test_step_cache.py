@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from jobs import rule, run_wancli, tiny_job, write_job
+import torch
+from jobs import SPIECE, T5, TINY, TRANSFORMER, VAE, rule, run_wancli, tiny_job, write_job
+from weight_files import save_tensors
 
 from wancli.job.loader import load
 from wancli.plan import memory_estimate, throughput
@@ -17,6 +19,7 @@ from wancli.plan.shot import Shot
 
 TABLE = {"table": "Wan2.1-T2V-1.3B"}
 STEPS = {"sampler": {"steps": 20}}
+SHAPES = (("A", (4, 48)), ("B", (48, 4)))
 
 Decide = Callable[..., Shot]
 
@@ -44,6 +47,44 @@ def test_a_window_begins_and_ends_with_computed_steps_of_both_branches(decide: D
             assert {first, after} <= {*computed(shot, branch)}
     every = decide(cache=TABLE, inject=[rule(blocks=[1], step_strength=[i / 20 for i in range(1, 21)])])
     assert not every.reused  # each step reads otherwise than the one before
+
+
+EXPERTS = {
+    "high_noise": str(TINY / TRANSFORMER),
+    "low_noise": str(TINY / TRANSFORMER),
+    "text_encoder": str(TINY / T5),
+    "tokenizer": str(SPIECE),
+    "vae": str(TINY / VAE),
+    "heads": 2,
+}
+
+
+@pytest.mark.parametrize(("guidance", "branches"), [((4, 3), 2), ((1, 3), 2), ((4, 1), 2), ((1, 1), 1)])
+def test_an_expert_and_guidance_begin_with_a_computed_step(
+    decide: Decide, guidance: tuple[int, int], branches: int
+) -> None:
+    """The other expert has other residuals, and a branch that begins has none."""
+    sampler = {"steps": 40, "guidance": dict(zip(("high", "low"), guidance))}
+    shot = decide(model=EXPERTS, sampler=sampler, cache={"table": "Wan2.2-T2V-A14B"})
+    high, low = (stage.steps for stage in shot.stages)
+    assert len(shot.table.branches) == branches
+    assert {step for step, _ in shot.reused} & {*high}
+    for step, branch in shot.reused:
+        assert branch in shot.table.branches_at(step)
+        assert step > low.start or step < high.stop
+        assert (step - 1, branch) in shot.reused or branch in shot.table.branches_at(step - 1)
+    assert not any(step == low.start for step, _ in shot.reused)
+    only = decide(model=EXPERTS, sampler=sampler, cache={"table": "Wan2.2-T2V-A14B", "expert": "low"})
+    assert {step for step, _ in only.reused} == {step for step, _ in shot.reused if step in low}
+
+
+def test_a_lora_begins_and_ends_with_a_computed_step(decide: Decide, tmp_path: Path) -> None:
+    pair = {f"blocks.0.self_attn.q.lora_{name}.weight": torch.ones(shape) for name, shape in SHAPES}
+    path = save_tensors(tmp_path / "style.safetensors", pair)
+    shot = decide(cache=TABLE, loras=[{"path": str(path), "steps": "6-9"}])
+    assert shot.reused
+    for branch in ("cond", "uncond"):
+        assert {6, 10} <= {*computed(shot, branch)}
 
 
 def test_only_reused_forwards_change_a_key(decide: Decide) -> None:

@@ -33,13 +33,11 @@ def compile_cache(shot: Shot, item: Item) -> StepCache | None:
     settings = CacheSettings(method=options.method, table=table["name"], **usual | given)
     stages = [stage.steps for stage in shot.stages if settings.expert in ("both", stage.expert)]
     changed = PrefixTree().changed_steps(shot)
-    return StepCache(
-        settings,
-        tuple(
-            (branch, tuple(reuse_by_magnitude(table[branch], settings, shot.steps, stages, changed)))
-            for branch in shot.table.branches
-        ),
-    )
+    reused = []
+    for branch, runs_at in shot.table.steps_by_branch.items():
+        found = reuse_by_magnitude(table[branch], settings, shot.steps, stages, changed)
+        reused.append((branch, tuple(step for step in found if step in runs_at)))
+    return StepCache(settings, tuple(reused))
 
 
 def refuse_measuring_reuse(shot: Shot, item: Item) -> None:

@@ -478,6 +478,8 @@ def test_a_plan_of_many_shots_shows_the_first_and_the_last(say: Any, tmp_path: P
     assert result.err == f"wancli: warning: {warning}\n"
     verbose = say("plan", job, "-v").out
     assert all(f"{n}  seed{n} " in verbose for n in many)
+    assert verbose.count("sigma  0:") == 1
+    assert verbose.count("sigma  as of shot seed0\n") == 39
 
 
 def test_a_job_from_a_pipe_is_read_once_and_writes_into_the_current_folder(
@@ -674,8 +676,8 @@ def test_diff_compares_two_prompts_in_words_and_as_json(say: Any) -> None:
     for part in (
         "token set, raw",
         "token set, projected",
-        "legacy, padded",
-        "verdict",
+        "legacy figures: ",
+        "verdict: ",
         "K/V per block",
         "hint: ",
     ):

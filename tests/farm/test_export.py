@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -41,8 +42,9 @@ def other_folder(tmp_path: Path, warm: Path) -> dict[str, Any]:
 
 
 def test_the_script_requests_the_given_resources(
-    capsys: pytest.CaptureFixture[str], tmp_path: Path, quick: Path
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, quick: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(metadata, "version", lambda _: "2.13.0+cu130")
     job = write_job(tmp_path, tiny_job(quick, **SWEEP))
     options = ["--shards", 2, "--gpus", 0, "--time", "1:00:00", "--cpus", 4, "--mem", "32G", "--margin", 60]
     text = export(capsys, "slurm", job, *options)
@@ -95,8 +97,10 @@ def test_a_chain_is_one_task_of_slurm_and_refused_for_openjd(
 
 @pytest.mark.parametrize("scheduler", ["slurm", "openjd"])
 def test_a_job_that_computes_on_cpus_requests_no_gpu_by_default(
-    capsys: pytest.CaptureFixture[str], tmp_path: Path, scheduler: str
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, scheduler: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    builds = ["2.13.0"]
+    monkeypatch.setattr(metadata, "version", lambda _: builds[-1])
     items = [{"id": "a", "memory": {"device": "cpu"}}, {"id": "b"}]
     job = write_job(tmp_path, tiny_job(output="out/{id}.mp4", items=items))
 
@@ -107,6 +111,9 @@ def test_a_job_that_computes_on_cpus_requests_no_gpu_by_default(
     assert not asks("--items", "0")
     assert not asks("--set", "memory.device=cpu")
     assert asks("--set", "memory.device=cpu", "--gpus", 1)
+    builds.append("2.13.0+cpu")  # with which no task uses a GPU
+    assert not asks()
+    assert asks("--set", "memory.device=cuda")
 
 
 def test_odd_names_reach_the_render_whole(

@@ -106,6 +106,8 @@ FILES = {
     "LoraRecord.path": {"..", "/"},
     "EntryRecord.output": {"..", "/"},
     "ComparedShot.output": {"..", "/"},
+    "ComparisonRecord.sheet": {"..", "/"},
+    "ComparisonRecord.video": {"..", "/"},
     "ShotSettings.output": set(),
     "SavedState.output": set(),
     "FileRecord.path": set(),

@@ -133,7 +133,7 @@ def test_compared_shots_get_the_plain_shot_beside_them(decide: Callable[..., Pla
 def test_the_plan_shows_prompts_and_cells(decide: Callable[..., Plan]) -> None:
     entry = {"toward": "sun", "away": "night", "strength": 1.5, "blocks": "late", "region": [0.5, 0, 1, 1]}
     plan = decide(steer=[entry])
-    lines = [*format_shot(plan.shots[0], plan.schedule.placement(plan.shots[0]))]
+    lines = [*format_shot(plan.shots[0], plan.schedule.placement(plan.shots[0]), plan.shots[0])]
     start = lines.index("         steer.0  27-39 at 1.5, steps 0-1, cond")
     assert lines[start + 1 : start + 4] == [
         "          toward  sun (3 tokens)",

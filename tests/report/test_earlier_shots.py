@@ -38,7 +38,11 @@ def shown(folder: Path, name: str = "compare") -> list[str]:
 def test_a_partial_run_keeps_the_others_in_the_pictures_and_says_so(
     run: Callable[..., CommandResult], tmp_path: Path
 ) -> None:
-    assert "compared 6 of 6 shots: " in run().err
+    said = run().err
+    assert "compared 6 of 6 shots: " in said
+    names = ["job.report.json", "job.compare.png", "job.compare.mp4", "job.report.html"]
+    what = ["report", "sheet", "side by side", "page"]
+    assert said.splitlines()[-4:] == [f"{one}: {tmp_path}/out/{name}" for one, name in zip(what, names)]
     before = json.loads((tmp_path / "out/job.compare.json").read_text())["shots"]
     partial = run("--sweep", "seed=2", "--sweep", "inject.0.strength=0.6", matrix={"frames": [1]})
     assert "compared 2 of 2 shots, and 6 of earlier runs of this job that are still there: " in partial.err

@@ -199,7 +199,7 @@ def test_the_result_is_plain_json_and_a_table_of_three_columns(encode_prompt: En
     assert said["blocks"] == list(distance.blocks)
     assert all(len(row) == 3 for row in distance.table_rows())
     labels = [label for label, _, _ in distance.table_rows()]
-    assert {"tokens", "characters", "K/V per block", "legacy, padded", "verdict"} <= set(labels)
+    assert {"tokens", "characters", "K/V per block"} <= set(labels)
 
 
 def test_a_truncated_prompt_says_so(tiny: Path):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import sys
 from dataclasses import replace
+from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -147,7 +148,9 @@ def _load_items(job: Path, flags: CliOverrides) -> tuple[list[Item], int]:
 
 
 def _count_gpus(shots: list[Item]) -> int:
-    return int(any(item.job.memory.device != "cpu" for item in shots))
+    """Return the GPUs of a task. Tasks run this installation: with a CPU build of torch they use none."""
+    devices = {item.job.memory.device for item in shots}
+    return int("cuda" in devices or ("auto" in devices and not metadata.version("torch").endswith("+cpu")))
 
 
 def _find_wancli() -> str:

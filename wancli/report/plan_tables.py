@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from wancli.plan.render_plan import Plan
     from wancli.plan.shot import Shot
     from wancli.plan.throughput import Rate
+    from wancli.sampling.solvers import SigmaSchedule
     from wancli.storage.cache import Store
 
 MANY, HEAD, TAIL = 24, 8, 4  # a plan with more than MANY shots shows the first and the last
@@ -82,8 +83,10 @@ def format_plan(
     if added := describe_added_shots(plan):
         yield textwrap.fill(added, 80, subsequent_indent="  ")
     if verbose:
+        first_with: dict[SigmaSchedule, Shot] = {}
         for shot in plan.shots:
-            yield from format_shot(shot, plan.schedule.placement(shot))
+            same = first_with.setdefault(shot.sigma_schedule, shot)
+            yield from format_shot(shot, plan.schedule.placement(shot), same)
     cached = [f"cache: {describe_cache(shot, shot.cache)}" for shot in plan.shots if shot.cache]
     yield from (textwrap.fill(line, 80, subsequent_indent="  ") for line in dict.fromkeys(cached))
     yield from dict.fromkeys(format_lora(use) for shot in plan.shots for use in shot.loras)

@@ -37,13 +37,16 @@ def format_cache(rows: Sequence[Mapping[str, Any]]) -> Iterator[RenderableType]:
 
 
 def format_differences(differences: Sequence[PromptDistance]) -> Iterator[RenderableType]:
-    """Format one table per pair: each figure, its meaning, and hints on the prompts."""
+    """Format each pair: the verdict, a table of figures and their meaning, and hints on the prompts."""
     for difference in differences:
         yield f"A  {truncate(difference.a.text, 76)}"
-        yield f"B  {truncate(difference.b.text, 76)}\n"
+        yield f"B  {truncate(difference.b.text, 76)}"
+        verdict = difference.verdict
+        yield f"verdict: {verdict.band} ({verdict.percent:.0f} %), by the {verdict.figure}\n"
         table = create_table("figure", ">value", "meaning")
         for label, value, meaning in difference.table_rows():
             table.add_row(label, value, meaning)
         yield table
+        yield difference.legacy_text
         for hint in difference.hints:
             yield f"hint: {hint}"

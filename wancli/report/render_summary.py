@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
+from wancli.report.earlier_shots import read_earlier_comparison
 from wancli.report.shorten import fit_columns, shorten_unique
 from wancli.report.terminal import create_table, draw_bar, draw_ruler, state_text, truncate
 from wancli.units import format_bytes, format_ranges, format_seconds
@@ -46,7 +47,18 @@ def format_summary(
     yield ", ".join(f"{count} {state_text(status)}" for status, count in counts.items() if count)
     if path:
         yield f"report: {path}"
+        for name in ("sheet", "video"):
+            if shown := _comparison_file(path, name):
+                yield f"{'side by side' if name == 'video' else name}: {shown}"
         yield f"page: {path.with_suffix('.html')}"
+
+
+def _comparison_file(report: Path, name: Literal["sheet", "video"]) -> Path | None:
+    """Return the sheet, or the video side by side, that the comparison beside a report has."""
+    path = report.with_name(f"{report.name.removesuffix('.report.json')}.compare.json")
+    found = read_earlier_comparison(path)
+    file = getattr(found, name) if found else None
+    return path.parent / file if file else None
 
 
 def build_memory_table(
@@ -94,7 +106,17 @@ def format_failures(report: Report, hints: Iterable[str]) -> Iterator[Renderable
 def _format_injections(shots: Sequence[tuple[str, Manifest]]) -> Iterator[RenderableType]:
     from rich.console import Console
 
-    heads: Sequence[str] = ("shot", ">rule", "blocks", "steps", "branch", "blend", ">hits", "difference")
+    heads: Sequence[str] = (
+        "shot",
+        ">rule",
+        "blocks",
+        ">strength",
+        "steps",
+        "branch",
+        "blend",
+        ">hits",
+        "difference",
+    )
     rows = []
     for shot_id, record in shots:
         for index, rule in enumerate(record.injection):
@@ -103,6 +125,7 @@ def _format_injections(shots: Sequence[tuple[str, Manifest]]) -> Iterator[Render
                 shot_id,
                 str(index),
                 format_ranges([*rule.blocks]),
+                _format_strengths([*rule.blocks.values()]),
                 format_ranges([*rule.steps]),
                 "+".join(rule.branches),
                 rule.blend,
@@ -117,6 +140,12 @@ def _format_injections(shots: Sequence[tuple[str, Manifest]]) -> Iterator[Render
     for row in rows:
         table.add_row(*row)
     yield table
+
+
+def _format_strengths(strengths: Sequence[float]) -> str:
+    """Format one strength, or the smallest and the largest: `0.2 to 0.6`."""
+    low, high = min(strengths, default=0.0), max(strengths, default=0.0)
+    return f"{low:g}" if low == high else f"{low:g} to {high:g}"
 
 
 def _format_effects(shot_id: str, record: Manifest) -> Iterator[RenderableType]:

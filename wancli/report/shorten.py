@@ -65,7 +65,8 @@ def _hoist_constant_columns(
     """
     constant = [n for n in range(1, len(heads) - 1) if len({row[n] for row in rows}) == 1]
     values = ", ".join(f"{heads[n].removeprefix('>')} {rows[0][n]}" for n in constant)
-    line = textwrap.fill(f"all: {values}", 80, subsequent_indent="  ") if values else ""
+    line = f"all: {values}" if values else ""
+    line = textwrap.fill(line, 80, subsequent_indent="  ", break_on_hyphens=False)
     kept = [n for n in range(len(heads)) if n not in constant]
     return line, [heads[n] for n in kept], [[row[n] for n in kept] for row in rows]
 

@@ -34,8 +34,10 @@ def describe_added_shots(plan: Plan) -> str:
     return f"compare adds {shots} (compare: {{add_baseline: false}} adds none)" if ids else ""
 
 
-def format_shot(shot: Shot, placement: Placement) -> Iterator[str]:
-    """Format everything about one shot: its prompts, its noise levels, and the table of injections."""
+def format_shot(shot: Shot, placement: Placement, same_sigmas: Shot) -> Iterator[str]:
+    """Format everything about one shot: its prompts, its noise levels, and the table of injections.
+
+    `same_sigmas` is the first shot of the plan with these noise levels, which shows them."""
     yield f"\nshot {shot.id}: {shot.output}"
     negative = {"negative": shot.negative} if shot.negative else {}
     injected = {f"inject.{i}": other for i, other in enumerate(shot.injected)}
@@ -59,7 +61,7 @@ def format_shot(shot: Shot, placement: Placement) -> Iterator[str]:
         yield f"{'emphasis':>16}  {describe_emphasis(rule)}"
     for index, steering in enumerate(shot.steering):
         yield from format_steering(shot, index, steering)
-    yield from format_sigmas(shot)
+    yield from format_sigmas(shot, same_sigmas)
     if shot.cache:
         yield from format_cache(shot, shot.cache)
     if shot.rules:
@@ -241,8 +243,11 @@ def describe_cache(shot: Shot, cache: StepCache) -> str:
     )
 
 
-def format_sigmas(shot: Shot) -> Iterator[str]:
-    """Format the noise level of each step, seven to a line."""
+def format_sigmas(shot: Shot, same: Shot) -> Iterator[str]:
+    """Format the noise level of each step, seven to a line, or name the shot that has the `same` ones."""
+    if same is not shot:
+        yield f"{'sigma':>16}  as of shot {make_printable(same.id)}"
+        return
     pairs = [f"{i}:{sigma:.3f}" for i, sigma in enumerate(shot.sigma_schedule.sigmas)]
     for start in range(0, len(pairs), 7):
         yield f"{'sigma' if start == 0 else '':>16}  " + " ".join(pairs[start : start + 7])

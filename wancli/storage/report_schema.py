@@ -111,4 +111,6 @@ class ComparisonRecord(Data):
     KIND: ClassVar[Kind] = records.COMPARISON
     shots: Annotated[list[ComparedShot], Field(min_length=1)]
     key: str = ""
+    sheet: PathText | None = None
+    video: PathText | None = None
     files: list[FileRecord] = Field(default_factory=list)

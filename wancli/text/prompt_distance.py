@@ -106,17 +106,13 @@ class PromptDistance:
             mean, low, high = sum(self.blocks) / len(self.blocks), min(self.blocks), max(self.blocks)
             value = f"{100 * mean:.1f} % ({100 * low:.1f} to {100 * high:.1f})"
             table.append(("K/V per block", value, f"token set that the {len(self.blocks)} blocks read"))
-        verdict = self.verdict
-        return [
-            *table,
-            (
-                "legacy, trimmed",
-                f"{self.legacy_trimmed_percent:.1f} %",
-                "changed: |a-b| > 0.01, scale dependent",
-            ),
-            ("legacy, padded", f"{self.legacy_padded_percent:.1f} %", f"the same on {LEGACY_ROWS} rows"),
-            ("verdict", f"{verdict.band} ({verdict.percent:.0f} %)", f"by the {verdict.figure}"),
-        ]
+        return table
+
+    @property
+    def legacy_text(self) -> str:
+        """The figures of the tool before wancli: elements with |a - b| > 0.01, which depend on the scale."""
+        trimmed, padded = self.legacy_trimmed_percent, self.legacy_padded_percent
+        return f"legacy figures: {trimmed:.1f} % changed, {padded:.1f} % of {LEGACY_ROWS} rows"
 
 
 def compare(a: Embedding, b: Embedding, model: WanModel | None = None) -> PromptDistance:

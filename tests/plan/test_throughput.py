@@ -19,6 +19,7 @@ from wancli.plan import throughput
 from wancli.plan.planner import build_plan
 from wancli.plan.shot import Shot
 from wancli.plan.throughput import Rate
+from wancli.report import plan_tables
 
 
 @pytest.fixture
@@ -72,7 +73,24 @@ def test_a_memory_that_is_damaged_is_empty_and_written_anew(shot: Shot, tmp_path
         throughput.remember_rates(path, [good])
         assert throughput.read_rates(path) == (good,), damage
     throughput.remember_rates(path, [replace(good, per_second=2e9), replace(good, tokens=7)])
-    assert throughput.read_rates(path) == (replace(good, per_second=2e9), replace(good, tokens=7))
+    assert throughput.read_rates(path) == (good, replace(good, per_second=2e9), replace(good, tokens=7))
+
+
+def test_of_several_renders_the_median_is_expected_between_the_fastest_and_the_slowest(
+    shot: Shot, tmp_path: Path
+) -> None:
+    path = tmp_path / "rates.json"
+    for per_second in (9e9, 1e9, 2e9, 3e9, 4e9, 8e9):
+        throughput.remember_rates(path, [rate_of(shot, "sample", per_second)])
+    known = throughput.read_rates(path)
+    assert [rate.per_second for rate in known] == [1e9, 2e9, 3e9, 4e9, 8e9]
+    wanted = throughput.shot_workloads(shot)["sample"]
+    assert throughput.predict_seconds(wanted, known) == wanted.amount / 3e9
+    for fastest, per_second in ((True, 8e9), (False, 1e9)):
+        (rate,) = throughput.extreme_rates(known, fastest=fastest)
+        assert rate.per_second == per_second
+    assert plan_tables.format_range(40, 35, 140) == "35.0 s to 2 min 20 s"
+    assert plan_tables.format_range(40, 39, 41) == "about 40.0 s"
 
 
 def test_the_first_render_measures_what_the_next_plan_says(

@@ -43,6 +43,7 @@ log = logging.getLogger(__name__)
 PHASES = ("encode", "load", "sample", "decode", "pictures")
 MIN_SECONDS = 1e-6  # less is no measurement
 MAX_RATES = 400  # records, the newest
+SAME_RATES = 5  # of one workload
 EXTRAPOLATION_FACTOR = 4  # times the tokens
 
 
@@ -132,22 +133,40 @@ def read_rates(path: Path) -> tuple[Rate, ...]:
 
 
 def remember_rates(path: Path, fresh: Iterable[Rate]) -> None:
-    """Add rates to the file. A newer rate of the same workload replaces the older. A full disk is ignored."""
-    known = {tuple(asdict(rate).values())[:6]: rate for rate in (*read_rates(path), *fresh)}
-    text = json.dumps([asdict(rate) for rate in list(known.values())[-MAX_RATES:]], indent=1)
+    """Add rates to the file, which keeps the newest SAME_RATES of each workload. A full disk is ignored."""
+    kept: list[Rate] = []
+    counts: defaultdict[tuple[object, ...], int] = defaultdict(int)
+    for rate in reversed((*read_rates(path), *fresh)):
+        counts[_workload_of(rate)] += 1
+        if counts[_workload_of(rate)] <= SAME_RATES:
+            kept.insert(0, rate)
+    text = json.dumps([asdict(rate) for rate in kept[-MAX_RATES:]], indent=1)
     with suppress(MachineError):
         atomic.replace(path, text.encode())
 
 
 def nearest_rate(rates: Iterable[Rate], wanted: Workload) -> Rate | None:
-    """Find the rate of the same phase, device, dtype and residency with the nearest width and tokens."""
+    """Find the rate of the same phase, device, dtype and residency with the nearest width and tokens; of
+    several renders of this workload the median."""
 
     def distance(rate: Rate) -> float:
         return abs(math.log(rate.width / wanted.width)) + abs(math.log(rate.tokens / wanted.tokens))
 
     same = (wanted.device, wanted.dtype, wanted.residency, wanted.phase)
     fitting = [rate for rate in rates if (rate.device, rate.dtype, rate.residency, rate.phase) == same]
-    return min(fitting, key=distance, default=None)
+    nearest = min(map(distance, fitting), default=0.0)
+    alike = sorted((rate for rate in fitting if distance(rate) == nearest), key=lambda rate: rate.per_second)
+    return alike[len(alike) // 2] if alike else None
+
+
+def extreme_rates(rates: Iterable[Rate], *, fastest: bool) -> list[Rate]:
+    """Return the fastest, or the slowest, of the rates of each workload."""
+    ordered = sorted(rates, key=lambda rate: rate.per_second, reverse=not fastest)
+    return list({_workload_of(rate): rate for rate in ordered}.values())
+
+
+def _workload_of(rate: Rate) -> tuple[object, ...]:
+    return tuple(asdict(rate).values())[:6]
 
 
 def predict_seconds(wanted: Workload, rates: Iterable[Rate]) -> float | None:

@@ -265,7 +265,8 @@ def estimate_time(
 ) -> dict[str, Any]:
     """Predict the seconds of each phase of these shots, and of all; None if no earlier render is like it.
 
-    Also returns the rates that were used; `rough` if they are of much smaller or larger shots. `taken` has,
+    `range` has the times at the fastest and at the slowest of the renders that are remembered. Also returns
+    the rates that were used; `rough` if they are of much smaller or larger shots. `taken` has,
     by index, how many steps of a shot need not be taken any more."""
     texts = {text.id for shot in shots for text in shot.prompts if text.file is None}
     entries = {key for shot in shots for key in entry_values(shot)}
@@ -273,7 +274,13 @@ def estimate_time(
     phases = throughput.predict_phase_seconds(shots, missing, rates, taken)
     parts = list(phases.values())
     sources = throughput.rates_used(shots, rates) if shots else {}
+    bounds = []
+    for fastest in (True, False):
+        chosen = throughput.extreme_rates(rates, fastest=fastest)
+        took = throughput.predict_phase_seconds(shots, missing, chosen, taken).values()
+        bounds.append(None if None in took else sum(part for part in took if part is not None))
     return {
+        "range": bounds,
         "seconds": None if None in parts else sum(part for part in parts if part is not None),
         "phases": phases,
         "rough": any(

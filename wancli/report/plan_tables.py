@@ -168,11 +168,19 @@ def format_time(time: Mapping[str, Any]) -> Iterator[str]:
         yield f"time: measured by the first render here (unknown: {unknown})"
     elif seconds:
         rough = "; a rough guess, from shots of another size" if time["rough"] else ""
-        yield f"time: {format_seconds(seconds)} for the shots to render{rough}"
+        yield f"time: {format_range(seconds, *time['range'])} for the shots to render{rough}"
     if "sample" in time["rates"]:
         rate = time["rates"]["sample"]
         size, tokens = f"width {rate['width']}", f"{rate['tokens']:,} tokens"
         yield f"sampling at {rate['per_second'] / 1e9:,.0f} GFLOP/s, as on {rate['date']} at {size}, {tokens}"
+
+
+def format_range(seconds: float, low: float, high: float) -> str:
+    """Format an expected time: `about 40.0 s`, or `35.0 s to 2 min 20 s` if earlier renders differ by more
+    than a tenth."""
+    if high - low <= seconds / 10:
+        return f"about {format_seconds(seconds)}"
+    return f"{format_seconds(low)} to {format_seconds(high)}"
 
 
 def format_alternatives(options: Sequence[Alternative]) -> RenderableType:

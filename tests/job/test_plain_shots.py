@@ -108,3 +108,12 @@ def test_a_chain_is_joined_without_it() -> None:
         ("a-plain", None),
         ("b-plain", None),
     ]
+
+
+def test_caches_that_differ_count_as_an_injection_and_a_common_one_stays() -> None:
+    swept = "prompt: a cat\ncompare: true\ncache: {table: T}\nmatrix: {cache.threshold: [0.1, 0.2]}\n"
+    assert {id: item.job.cache for id, item in added(swept).items()} == {"plain": "none"}
+    listed = "prompt: a cat\ncompare: true\nitems: [{}, {cache: magcache}]\n"
+    assert added(listed) == {}  # the first item is plain
+    common = "prompt: a cat\ncompare: true\ncache: magcache\ninject: [{prompt: fish}]\n"
+    assert {id: item.job.cache for id, item in added(common).items()} == {"plain": "magcache"}

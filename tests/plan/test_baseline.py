@@ -144,3 +144,16 @@ def test_comparing_changes_no_key_of_a_shot(tmp_path: Path) -> None:
         for job in (tiny_job(), tiny_job(compare=True))
     ]
     assert keys[0] == keys[1]
+
+
+def test_cached_shots_are_compared_with_the_one_that_computes_every_step(tmp_path: Path, quick: Path) -> None:
+    table = {"table": "Wan2.1-T2V-1.3B"}
+    cached = [{"id": name, "cache": table | {"skips": n}} for name, n in (("two", 2), ("four", 4))]
+    said: dict[str, Any] = {"model": str(quick), "sampler": {"steps": 20}, "compare": True}
+    found = decided(tmp_path, **said, items=[*cached, {"id": "whole"}])
+    assert found
+    assert found.baselines == dict.fromkeys(("two", "four", "whole"), "whole")
+    injected = {"inject": [rule(blocks=[1], steps="8-11")]}
+    found = decided(tmp_path, **said, cache=table, items=[{"id": "fish"} | injected, {"id": "plain"}])
+    assert found
+    assert found.baselines == dict.fromkeys(("fish", "plain"), "plain")  # the same cache, other forced steps

@@ -16,7 +16,7 @@ from wancli.report.html import collect, page
 from wancli.report.shot_entry import ShotEntry
 from wancli.storage.report_schema import EntryRecord
 
-SHOTS = 100
+SHOTS = (100, 2000)
 RUNS = 5
 JOB = """
 prompt: A red circle drifts to the left across dark stripes.
@@ -33,8 +33,8 @@ requestAnimationFrame(() => setTimeout(() => done(performance.now()), 0));
 """
 
 
-def hundred_shots(folder: Path) -> collect.ReportInputs:
-    """Render a shot and copy it SHOTS times, with the noise levels and measurements of 50 steps."""
+def copy_shots(folder: Path, count: int) -> collect.ReportInputs:
+    """Render a shot and copy it `count` times, with the noise levels and measurements of 50 steps."""
     job = folder / "job.yaml"
     job.write_text(JOB.format(folder=folder))
     assert run(["render", str(job), "-q"]) == 0
@@ -43,7 +43,7 @@ def hundred_shots(folder: Path) -> collect.ReportInputs:
     one["shot"] |= {"steps": 50, "sigmas": [1 - step / 50 for step in range(51)]}
     one["effects"] = [effect | {"step": step} for step, effect in enumerate((one["effects"] * 50)[:50])]
     found = collect.ReportInputs("sweep")
-    for index in range(SHOTS):
+    for index in range(count):
         labels = {"seed": index % 10, "take": index // 10}
         copied = one | {"id": f"shot-{index}", "labels": labels}
         found.entries.append(("sweep", ShotEntry.from_record(EntryRecord.parse(copied, job), job)))
@@ -74,19 +74,21 @@ def main() -> None:
     """Print seconds and bytes."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        found = hundred_shots(folder)
+        found = copy_shots(folder, max(SHOTS))
         report = next(folder.rglob("*.report.json"))
         for what in ("with the import of jinja2", "after it"):
             started = time.process_time()
             page.write_page(report, folder)
             took = 1000 * (time.process_time() - started)
             print(f"page of a render of one shot, {what}: {took:.0f} ms of one core")
-        path = folder / "hundred.html"
-        started = time.perf_counter()
-        data = page.render_page(found, path, folder / "posters", make=True)
-        print(f"page of {SHOTS} shots: {time.perf_counter() - started:.2f} s, {len(data) / 1e6:.2f} MB")
-        path.write_bytes(data)
-        print(f"opened in {', '.join(f'{value / 1000:.2f}' for value in time_loads(path))} s")
+        path = folder / "page.html"
+        for count in SHOTS:
+            started = time.perf_counter()
+            some = collect.ReportInputs("sweep", found.entries[:count])
+            data = page.render_page(some, path, folder / "posters", make=True)
+            print(f"page of {count:,} shots: {time.perf_counter() - started:.2f} s, {len(data) / 1e6:.2f} MB")
+            path.write_bytes(data)
+            print(f"opened in {', '.join(f'{value / 1000:.2f}' for value in time_loads(path))} s")
 
 
 if __name__ == "__main__":

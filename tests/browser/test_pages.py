@@ -13,6 +13,7 @@ from typing import Any
 import pages
 import pytest
 from jobs import run_wancli
+from selenium.webdriver.common.action_chains import ActionChains
 from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.remote.webdriver import WebDriver
@@ -84,6 +85,7 @@ def out(tmp_path_factory: pytest.TempPathFactory, quick: Path) -> Path:
 @pytest.fixture
 def opened(browser: Any, out: Path) -> WebDriver:
     driver: WebDriver = browser.open(out / "job.report.html")
+    driver.execute_script("for (const folded of document.querySelectorAll('.fold')) folded.open = true")
     return driver
 
 
@@ -343,6 +345,7 @@ def test_videos_are_arranged_by_their_axes_and_play_together(opened: WebDriver, 
     heads = [head.text for head in every(opened, "#videos th")]
     assert heads == ["row: a", "row: b", "column: 1", "column: 2"]
     videos = "[...document.querySelectorAll('#videos video')]"
+    browser.wait_until(lambda: len(every(opened, "#videos video")) == 3)
     times = f"return {videos}.map((v) => v.readyState > 0 ? v.currentTime : -1)"
     opened.execute_script(
         "const at = document.getElementById('scrub'); at.value = 500; at.dispatchEvent(new Event('input'))"
@@ -361,9 +364,10 @@ def test_videos_are_arranged_by_their_axes_and_play_together(opened: WebDriver, 
     assert len(every(opened, "#videos tbody tr")) == 1
 
 
-def test_a_comparison_is_written_under_a_video_and_drawn_over_it(opened: WebDriver) -> None:
+def test_a_comparison_is_written_under_a_video_and_drawn_over_it(opened: WebDriver, browser: Any) -> None:
     card = one(opened, "#videos .card[data-shot='1']")
     assert "PSNR 21.5" in card.text
+    browser.wait_until(lambda: every(opened, "#videos canvas"))
     canvas = card.find_element(By.CSS_SELECTOR, "canvas")
     assert not canvas.is_displayed()
     one(opened, "#heat").click()
@@ -373,6 +377,87 @@ def test_a_comparison_is_written_under_a_video_and_drawn_over_it(opened: WebDriv
     assert alpha[0] == 0
     assert alpha[1] == pytest.approx(128, abs=2)
     assert alpha[2] > alpha[1] > alpha[3]
+
+
+def test_stars_and_notes_stay_in_the_browser_and_give_ids_to_pick(
+    opened: WebDriver, browser: Any, out: Path
+) -> None:
+    opened.execute_script("localStorage.clear()")
+    driver = browser.open(out / "job.report.html")
+    assert not one(driver, "#picked").is_displayed()
+    one(driver, "#experiments tr[data-shot='1'] .star").click()
+    one(driver, "#videos .card[data-shot='2'] .star").click()
+    put(driver, "#experiments tr[data-shot='2'] .note-field", "the best\n")
+    driver = browser.open(out / "job.report.html")
+    assert one(driver, "#pick-command").text == "wancli render job.yaml --pick fish,late -o finals/"
+    assert one(driver, "#experiments tr[data-shot='2'] .note-field").get_attribute("value") == "the best"
+    one(driver, "#experiments th[data-key=star] button").click()
+    ids = [row.text for row in every(driver, "#experiments tbody .pick")]
+    assert ids == ["fish", "late", "plain"]
+    driver.execute_script("localStorage.clear()")
+
+
+def test_a_link_leads_to_a_shot_or_to_a_folded_section(browser: Any, out: Path) -> None:
+    driver = browser.open(out / "job.report.html")
+    assert not one(driver, "#memory .body").is_displayed()
+    driver.execute_script("location.hash = '#shot=late'")
+    browser.wait_until(lambda: one(driver, "#shot").get_attribute("value") == "2")
+    one(driver, "nav a[href='#memory']").click()
+    browser.wait_until(lambda: one(driver, "#memory .body").is_displayed())
+    pick(driver, "fish")
+    assert driver.current_url.endswith("#shot=fish")
+
+
+def test_a_further_axis_chooses_the_shots_of_one_value_and_the_frame_numbers_move_all(
+    browser: Any, out: Path, tmp_path: Path
+) -> None:
+    entry, inputs = pages.entries(out), ReportInputs("job")
+    for index in range(27):
+        labels = {"seed": index // 9, "blocks": "abc"[index // 3 % 3], "strength": index % 3}
+        inputs.entries.append(("job", pages.typed(entry | {"id": f"s{index}", "labels": labels})))
+    inputs.entries.append(("job", pages.typed(entry | {"id": "plain", "labels": {"seed": 1}})))
+    path = tmp_path / "many.html"
+    path.write_bytes(page.render_html(page_data.page_document(inputs, path, {})))
+    driver = browser.open(path)
+    assert (len(every(driver, "#videos tbody tr")), len(every(driver, "#videos .card"))) == (4, 28)
+    Select(one(driver, "#only-seed")).select_by_value("1")
+    assert len(every(driver, "#videos .card")) == 10
+    numbers = every(driver, "#frames span")
+    assert [number.text for number in numbers] == ["0", "1", "2", "3", "4"]
+    ActionChains(driver).click_and_hold(numbers[1]).move_to_element(numbers[3]).release().perform()
+    assert int(one(driver, "#scrub").get_attribute("value")) == pytest.approx(750, abs=60)
+    assert one(driver, "#frames .now").text == "3"
+
+
+def test_of_many_shots_only_those_in_view_have_a_player_and_the_table_grows_on_demand(
+    browser: Any, out: Path, tmp_path: Path
+) -> None:
+    entry, inputs = pages.entries(out), ReportInputs("job")
+    inputs.entries = [("job", pages.typed(entry | {"id": f"s{i}", "labels": {}})) for i in range(500)]
+    path = tmp_path / "many.html"
+    path.write_bytes(page.render_html(page_data.page_document(inputs, path, {})))
+    driver = browser.open(path)
+    assert len(every(driver, "#videos .card")) == 500
+    browser.wait_until(lambda: 0 < len(every(driver, "#videos video")) < 200)
+    shown = "return [...document.querySelectorAll('#experiments tbody tr')].filter((r) => !r.hidden).length"
+    assert driver.execute_script(shown) == 200
+    one(driver, "#more").click()
+    assert driver.execute_script(shown) == 400
+    put(driver, "#filter", "s499")
+    assert driver.execute_script(shown) == 1
+    assert one(driver, "#counted").text == "1 of 500 shots"
+
+
+def test_the_table_has_scores_and_links_and_says_what_all_shots_share_once(opened: WebDriver) -> None:
+    heads = [head.get_attribute("data-key") for head in every(opened, "#experiments th[data-key]")]
+    assert {"psnr", "ssim", "latent_distance"} <= {*heads}
+    assert not {"size", "frames", "seed", "prompt"} & {*heads}
+    assert "size 64x64" in one(opened, ".constants").text
+    link = one(opened, "#experiments tr[data-shot='1'] .thumb")
+    assert link.get_attribute("href").endswith("/fish.mp4")
+    assert link.find_element(By.TAG_NAME, "img").get_attribute("alt") == "Video of fish"
+    one(opened, "#experiments th[data-key=psnr] button").click()
+    assert one(opened, "#experiments tbody .pick").text == "fish"  # the only one with a score
 
 
 @pytest.mark.parametrize("width", [360, 768, 1280, 1920])

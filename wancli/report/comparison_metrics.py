@@ -45,10 +45,9 @@ def measure_clips(clips: Sequence[Clip], baselines: Mapping[str, Clip]) -> Itera
         )
 
 
-def read_comparison(path: Path) -> list[JsonObject]:
-    """Read the rows of JOB.compare.json. Raises EntryError if the file is not such a document."""
-    found = sidecars.read_document(path, SCHEMA, ComparisonRecord)
-    return [shot.as_dict() for shot in found.shots] if found else []
+def read_comparison(path: Path) -> ComparisonRecord | None:
+    """Read JOB.compare.json; None if it is not there. Raises EntryError if it is another document."""
+    return sidecars.read_document(path, SCHEMA, ComparisonRecord)
 
 
 def format_captions(document: JsonObject, *, name_baseline: bool) -> list[str]:

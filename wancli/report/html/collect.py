@@ -30,13 +30,15 @@ MANIFEST = ".manifest.json"
 @dataclass
 class ReportInputs:
     """The shots of a page, each with the name of its job, and what belongs to them. `comparisons` are rows of
-    `*.compare.json` by the paths of the videos; `problems` name files that could not be read."""
+    `*.compare.json` by the paths of the videos, `comparison_files` their sheets and side-by-sides; `problems`
+    name files that could not be read."""
 
     name: str
     entries: list[tuple[str, ShotEntry]] = field(default_factory=list)
     reports: list[Report] = field(default_factory=list)
     maps: list[BlockMap] = field(default_factory=list)
     comparisons: dict[str, comparison_metrics.JsonObject] = field(default_factory=dict)
+    comparison_files: list[Path] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
 
 
@@ -130,8 +132,11 @@ def _collect_sidecars(inputs: ReportInputs, folders: Iterable[Path]) -> None:
                 inputs.maps += [measured] if (measured := block_map.read(path)) else []
         for path in _matching(folder, "*.compare.json"):
             with _noting_damage(inputs):
-                shots = comparison_metrics.read_comparison(path)
-                inputs.comparisons |= {absolute_path(path.parent / shot["output"]): shot for shot in shots}
+                if found := comparison_metrics.read_comparison(path):
+                    rows = [shot.as_dict() for shot in found.shots]
+                    inputs.comparisons |= {absolute_path(folder / row["output"]): row for row in rows}
+                    files = [folder / file.path for file in found.files]
+                    inputs.comparison_files += [file for file in files if disk.exists(file)]
 
 
 def _matching(folder: Path, pattern: str) -> list[Path]:

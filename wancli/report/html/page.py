@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 ASSETS = Path(__file__).parent / "assets"
 SCRIPTS = (
     "base", "figures", "memory_formulas", "overview", "explorer", "heatmap", "attention", "memory_section",
-    "prompts", "timing", "videos", "table", "main",
+    "prompts", "timing", "choices", "playback", "videos", "table", "main",
 )  # fmt: skip
 MAX_WITH_MAPS = 40  # shots whose attention maps a page has, the first ones
 MAX_SAFE_INTEGER = 2**53 - 1  # Number.MAX_SAFE_INTEGER
@@ -72,9 +72,11 @@ def render_html(data: Mapping[str, Any]) -> bytes:
 
     styles = disk.read_text(ASSETS / "page.css")
     script = "\n".join(disk.read_text(ASSETS / f"{name}.js") for name in SCRIPTS)
+    columns, constants = _table_columns(data)
     text = _load_template().render(
         data=data,
-        columns=_table_columns(data),
+        columns=columns,
+        constants=constants,
         policy=_security_policy(styles, script),
         styles=Markup(styles),
         script=Markup(script),
@@ -98,10 +100,20 @@ def _load_template() -> Template:
     return environment.from_string(disk.read_text(ASSETS / "page.html.j2"))
 
 
-def _table_columns(data: Mapping[str, Any]) -> dict[str, str]:
-    """Return the columns of the table of shots; the job is left out if there is only one."""
-    one = len({shot.get("job") for shot in data["shots"]}) < 2
-    return {key: label for key, label in COLUMNS.items() if not (one and key == "job")}
+def _table_columns(data: Mapping[str, Any]) -> tuple[dict[str, str], dict[str, Any]]:
+    """Return the columns of the table of shots, and the values that all of several shots have, by label.
+
+    The job is left out if there is only one.
+    """
+    rows = [shot.get("row", {}) for shot in data["shots"]]
+    columns, constants = {"star": "★", "video": "video"}, {}
+    for key, label in (COLUMNS | page_data.SCORES | {"note": "note"}).items():
+        values = {row.get(key) for row in rows}
+        if key in ("shot", "status", "note") or len(values) > 1 or (len(rows) == 1 and key != "job"):
+            columns[key] = label
+        elif key != "job" and values - {None}:
+            constants[label] = values.pop()
+    return columns, constants
 
 
 def _embeddable_json(data: Mapping[str, Any]) -> str:

@@ -45,6 +45,8 @@ POOLS = (
     "pictures",
 )
 
+SCORES = {"ssim": "SSIM", "psnr": "PSNR dB", "latent_distance": "latent", "motion": "motion"}
+
 
 def page_document(
     inputs: ReportInputs,
@@ -60,11 +62,14 @@ def page_document(
     cells = sum(len(effect.blocks) for record in records for effect in record.effects)
     shots = [
         _shot_entry(entry, job, pools, masks, page, whole=cells <= MAX_CELLS)
-        | {"poster": posters.get(index), "score": _comparison(inputs, entry)}
+        | {"poster": posters.get(index)}
         | {"attention": (maps or {}).get(index)}
         | {"pictures": [pools["pictures"].put(one) for one in (pictures or {}).get(index, ())]}
         for index, (job, entry) in enumerate(inputs.entries)
     ]
+    for shot, (_, entry) in zip(shots, inputs.entries, strict=True):
+        shot["score"] = score = _comparison(inputs, entry)
+        shot["row"] |= {key: score[key] for key in SCORES if score and score.get(key) is not None}
     models = [_model_entry(model) for model in pools.pop("models").values]
     return {
         "schema": SCHEMA,
@@ -76,6 +81,9 @@ def page_document(
         **{name: pool.values for name, pool in pools.items()},
         "attention": bool(maps),
         "maps": [entry for found in inputs.maps for entry in _map_entries(found)],
+        "comparisons": [
+            {"name": file.name, "href": _relative_url(file, page)} for file in inputs.comparison_files
+        ],
         "jobs": [_job_entry(report) for report in inputs.reports],
         "problems": inputs.problems,
         "claims": _read_claims(),
@@ -166,6 +174,10 @@ def _calculator(sizes: Mapping[str, Any], networks: Mapping[str, Any], device: s
         return None
 
 
+def _relative_url(file: Path, page: Path) -> str:
+    return quote(os.path.relpath(file, page.parent), safe="/", errors="surrogateescape")
+
+
 def _job_entry(report: Report) -> dict[str, Any]:
     kept = ("created", "warnings", "memory", "first_step_after", "process", "peak", "cache")
     return {"job": report.job} | {key: report.totals[key] for key in kept if key in report.totals}
@@ -187,7 +199,7 @@ def _shot_entry(
     if record is None:
         return page_entry
     if entry.status != "video gone":
-        page_entry["video"] = quote(os.path.relpath(output, page.parent), safe="/", errors="surrogateescape")
+        page_entry["video"] = _relative_url(output, page)
     shot = record.shot.as_dict()
     prompts = [prompt.as_dict() for prompt in record.prompts]
     return page_entry | {

@@ -3,7 +3,7 @@ const data = JSON.parse(document.getElementById('data').textContent);
 const SVG = 'http://www.w3.org/2000/svg';
 
 const $ = (id) => document.getElementById(id);
-const body = (id) => document.querySelector(`#${id} > .body`);
+const body = (id) => document.querySelector(`#${id} .body`);
 
 function fill(element, props, children) {
   for (const [key, value] of Object.entries(props ?? {})) {

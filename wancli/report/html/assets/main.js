@@ -2,13 +2,14 @@
 
 let chosen = 0;
 
-function select(index) {
+function select(index, { marks = true } = {}) {
   chosen = Math.max(0, Math.min(data.shots.length - 1, index));
   const shot = data.shots[chosen];
   $('shot').value = chosen;
   $('previous').disabled = chosen === 0;
   $('next').disabled = chosen === data.shots.length - 1;
   for (const element of document.querySelectorAll('[data-shot]')) element.classList.toggle('chosen', Number(element.dataset.shot) === chosen);
+  if (marks && data.rendered) history.replaceState(null, '', `#shot=${encodeURIComponent(shot.id)}`);
   drawPipeline(shot);
   drawBlocks(shot);
   drawMemory(shot);
@@ -66,12 +67,30 @@ window.addEventListener('resize', () => {
   cancelAnimationFrame(room);
   room = requestAnimationFrame(() => {
     const now = document.documentElement.clientWidth;
-    if (now !== drawnFor && Math.min(now, drawnFor) < 640) select(chosen);
+    if (now !== drawnFor && Math.min(now, drawnFor) < 640) select(chosen, { marks: false });
     drawnFor = now;
   });
 });
 theme();
 summary();
 prepareTable();
-if (data.rendered) drawVideos();
-if (data.shots.length) select(data.chosen);
+if (data.rendered) {
+  drawVideos();
+  showStars();
+}
+if (data.shots.length) select(data.chosen, { marks: false });
+
+// `#shot=ID` chooses a shot; the address of a section opens it if it is folded. The sections have only now their heights.
+function follow() {
+  const [, id] = location.hash.match(/^#shot=(.*)$/) ?? [];
+  if (id !== undefined) {
+    const index = data.shots.findIndex((shot) => shot.id === decodeURIComponent(id));
+    if (index >= 0) select(index, { marks: false });
+  }
+  const target = id === undefined ? location.hash && $(location.hash.slice(1)) : $('blocks');
+  if (!target) return;
+  for (const folded of target.querySelectorAll('details.fold')) folded.open = true;
+  target.scrollIntoView();
+}
+window.addEventListener('hashchange', follow);
+follow();

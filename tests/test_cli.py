@@ -708,6 +708,19 @@ def test_diff_reads_a_job_a_text_and_an_embedding_file(say: Any, tmp_path: Path)
     assert json.loads(say("diff", "--file", "two.safetensors", "--model", TINY, *options).out) == pair
 
 
+def test_diff_pairs_what_is_injected_with_each_segment_of_a_prompt_over_time(
+    say: Any, tmp_path: Path, quick: Path
+) -> None:
+    segments = [{"text": "A cat", "frames": "0-4"}, {"text": "A dog", "frames": "5-8"}]
+    job = write_job(tmp_path, tiny_job(quick, prompt=segments, frames=9, inject=[rule(blocks=0)]))
+    pairs = json.loads(say("diff", "--file", job, "--json", "--no-dit").out)
+    assert [(pair["a"]["text"], pair["b"]["text"]) for pair in pairs] == [
+        ("A cat", FISH),
+        ("A dog", FISH),
+        ("A cat", "A dog"),
+    ]
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

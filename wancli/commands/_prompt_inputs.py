@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import groupby
+from itertools import groupby, pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +21,7 @@ from wancli.plan import memory_estimate, memory_policy, model_registry
 from wancli.plan.model_spec import ModelSpec
 from wancli.plan.planner import build_plan, resolve_model
 from wancli.plan.prompts import tokenize
-from wancli.plan.shot import Prompt
+from wancli.plan.shot import Prompt, Shot
 from wancli.storage import disk, records
 from wancli.text.embedding import Role, read_tokens, save_embeddings
 from wancli.text.encoder import Encoded
@@ -151,7 +151,8 @@ def read_pairs(
 ) -> list[PromptPair]:
     """Read the arguments of `wancli diff`: two texts, or a file with pairs.
 
-    A job file pairs its prompt with each injected one. A text file has two prompts with an empty line
+    A job file pairs its prompt with each injected one; of a prompt over time each segment, and the segments
+    that follow each other. A text file has two prompts with an empty line
     between. Of an embedding file the first two embeddings are a pair.
     """
     if len(prompts) != (2 if file is None else 0):
@@ -166,11 +167,7 @@ def read_pairs(
         return [PromptPair(model, a, b)]
     if file.suffix in JOB_SUFFIXES:
         shots = build_plan(load(file, flags), hashes).shots
-        pairs = {
-            (s.model, s.prompt.id, p.id): PromptPair(s.model, s.prompt, p)
-            for s in shots
-            for p in s.injected_prompts
-        }
+        pairs = {(pair.model, pair.a.id, pair.b.id): pair for shot in shots for pair in _pair_prompts(shot)}
         if not pairs:
             raise JobError("injects no prompt, so there is nothing to compare", where=str(file))
         return list(pairs.values())
@@ -189,6 +186,14 @@ def read_pairs(
         raise JobError(f"holds {len(texts)} prompts; two are needed, an empty line between", where=str(file))
     a, b = (tokenize(model, text, 512, False) for text in texts)
     return [PromptPair(model, a, b)]
+
+
+def _pair_prompts(shot: Shot) -> Iterator[PromptPair]:
+    segments = (shot.prompt, *shot.later_prompts)
+    for segment in segments:
+        yield from (PromptPair(shot.model, segment, other) for other in shot.injected_prompts)
+    for before, after in pairwise(segments):
+        yield PromptPair(shot.model, before, after)
 
 
 def _read_any(file: Path) -> bytes:

@@ -84,6 +84,13 @@ def test_a_piece_that_no_longer_belongs_is_removed_and_check_names_strays(
     ]
 
 
+def test_a_rerun_says_what_is_done_and_what_is_new(run: Callable[..., CommandResult]) -> None:
+    run(compare=False, matrix={"inject.0.strength": [0.4, 0.9]})
+    again = run(compare=False, matrix={"inject.0.strength": [0.4, 0.6]})
+    assert "1 of 2 shots are done already; to render: 1 (strength 0.6)\n" in again.err
+    assert "are done already" not in run(compare=False, matrix={"inject.0.strength": [0.4, 0.6]}).err
+
+
 def test_a_video_that_is_gone_is_told_once(
     run: Callable[..., CommandResult], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -27,6 +27,7 @@ from wancli.plan.schedule import Schedule
 from wancli.plan.shot import Shot
 from wancli.storage import disk, manifest
 from wancli.storage.claims import find_holder
+from wancli.units import format_ranges, list_some
 
 
 def render(plan: Plan, context: RenderContext) -> Iterator[Outcome]:
@@ -37,7 +38,26 @@ def render(plan: Plan, context: RenderContext) -> Iterator[Outcome]:
     ClaimedElsewhere at the end if the claims do not wait for other workers and these still hold shots.
     """
     result = preflight(plan, context)
+    if note := describe_rerun(plan.shots, result):
+        context.progress.note(note)
     yield from track_outcomes(_render_all(plan, result, context), result.schedule.shots, context)
+
+
+def describe_rerun(shots: Sequence[Shot], result: PreflightResult) -> str:
+    """Say of a job that is rendered in part how many shots are done, and what is new about the others:
+    `4 of 6 shots are done already; to render: 1,3 (strength 0.6)`. Empty if all or none are done."""
+    todo = {shot.index: shot for shot in result.schedule.shots}
+    done = [shot for shot in shots if shot.index not in todo and shot.index not in result.refused]
+    if not todo or not done:
+        return ""
+    new = []
+    for name in dict.fromkeys(name for shot in todo.values() for name in shot.labels):
+        known = {str(shot.labels.get(name)) for shot in done}
+        values = dict.fromkeys(str(shot.labels[name]) for shot in todo.values() if name in shot.labels)
+        if fresh := [value for value in values if value not in known]:
+            new.append(f"{name} {list_some(fresh, 3)}")
+    about = f" ({'; '.join(new)})" if new else ""
+    return f"{len(done)} of {len(shots)} shots are done already; to render: {format_ranges([*todo])}{about}"
 
 
 def track_outcomes(

@@ -91,6 +91,7 @@ def test_only_retryable_errors_are_retried_and_not_for_ever() -> None:
     assert {kind.__name__ for kind in retryable} == {
         "DiskError",
         "FfmpegError",
+        "HubError",
         "OutOfMemory",
         "UnreadableNow",
     }

@@ -192,9 +192,9 @@ def test_a_batch_has_one_bar_that_names_its_shots(
     assert "up to 3 shots share each pass over the weights" in result.out
     assert "one of 3 shots on each pass over the weights" in result.out
     result = run_wancli(capsys, "render", path, "--progress", "plain", "--cache-dir", warm)
-    sampling = [line for line in result.err.splitlines() if line.startswith("sample ")]
-    assert sampling[0] == "sample 3 shots, a to c: started, 2 steps"
-    assert len(sampling) == 2 + 1  # and the row of the table
+    sampling = [line for line in result.err.splitlines() if line.startswith("[1-3/3] sample ")]
+    assert sampling[0] == "[1-3/3] sample 3 shots, a to c: started, 2 steps"
+    assert len(sampling) == 2
 
 
 # ---- nothing is lost ----

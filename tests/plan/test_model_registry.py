@@ -101,7 +101,9 @@ def test_an_unknown_name_lists_those_that_are_known(tmp_path: Path, name_models:
         f"Looked for {tmp_path}/wan2.1-14B; {path} names wan2.1-14b, wan2.2-a14b; did you mean 'wan2.1-14b'?"
     )
     assert problem(tmp_path, "sdxl").hint.endswith("names wan2.1-14b, wan2.2-a14b.")
-    assert problem(tmp_path, "models/sdxl").hint == f"Looked for {tmp_path}/models/sdxl."
+    hint = problem(tmp_path, "models/sdxl").hint
+    assert "`wancli fetch models/sdxl` fetches it" in hint
+    assert hint.endswith(f" There is no {tmp_path}/models/sdxl, either.")
 
 
 def test_without_a_models_yaml_the_hint_says_where_one_would_be(

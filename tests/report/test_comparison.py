@@ -353,7 +353,7 @@ def test_shots_that_differ_in_more_than_the_injection_have_no_figures(
     assert [text.split("  ")[0] for text in captions] == [
         "no figures: no shot differs in the injection alone"
     ] * 2
-    assert comparison_metrics.read_comparison(tmp_path / "out" / "job.compare.json")[0]["baseline"] is None
+    assert compared(tmp_path)["shots"][0]["baseline"] is None
 
 
 def test_a_shot_that_was_rendered_under_another_id_is_compared(

@@ -52,9 +52,13 @@ def resolve_model(spec: str | ModelFiles, base_dir: BaseDir, locate: Locate) -> 
     path = _find_path(spec, base_dir(), locate())
     if path is not None:
         return path
-    if name := parse_name(spec):
-        return _find_on_hub(name, locate())
     searched = resolve_path(base_dir(), spec, locate())
+    if name := parse_name(spec):
+        try:
+            return _find_on_hub(name, locate())
+        except JobError as error:
+            hint = f"{error.hint} There is no {searched}, either."
+            raise JobError(f"{spec!r} not found", where=error.where, hint=hint) from None
     raise JobError(f"{spec!r} not found", where=locate(), hint=_not_found_hint(spec, searched))
 
 

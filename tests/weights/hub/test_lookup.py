@@ -67,7 +67,7 @@ def test_a_folder_of_that_name_wins(tmp_path: Path) -> None:
 def test_what_is_not_in_the_cache_says_how_to_fetch_it(tmp_path: Path) -> None:
     with pytest.raises(JobError) as caught:
         plan_of(tmp_path, "Wan-AI/Wan2.1-T2V-1.3B")
-    assert "job.yaml:1: model: 'Wan-AI/Wan2.1-T2V-1.3B' is not in the Hugging Face cache" in str(caught.value)
+    assert "job.yaml:1: model: 'Wan-AI/Wan2.1-T2V-1.3B' not found" in str(caught.value)
     assert "`wancli fetch Wan-AI/Wan2.1-T2V-1.3B` fetches 17.5 GB (Apache-2.0)" in caught.value.hint
     with pytest.raises(JobError) as caught:
         plan_of(tmp_path, "org/wan:a.gguf")

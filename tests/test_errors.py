@@ -77,6 +77,7 @@ def test_errors_lists_them_for_people_and_for_programs(capsys: pytest.CaptureFix
     assert [entry["code"] for entry in listed if entry["retryable"]] == [
         "machine.disk",
         "machine.ffmpeg",
+        "machine.hub",
         "machine.unreadable.now",
         "memory.exhausted",
         "stopped",

@@ -145,7 +145,7 @@ class HubError(MachineError):
 
 
 class HubRefused(MachineError):
-    """The Hugging Face hub refuses access: a token or accepted terms are missing, or offline mode is set."""
+    """The Hugging Face hub is not to be asked, or wants a token or accepted terms."""
 
     code = "machine.hub.refused"
 

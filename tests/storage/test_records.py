@@ -18,7 +18,7 @@ from wancli.storage.records import Kind
 ROOT = Path(__file__).parents[2] / "wancli"
 SMALL = Kind("the note", 100)
 # What others wrote: files of weights, lists of prompts, and what this package has in its assets.
-OTHERS = ("weights/", "job/prompts_from.py", "report/html/page_data.py")
+OTHERS = ("weights/", "job/prompts_from.py", "plan/step_cache.py", "report/html/page_data.py")
 PARSERS = {"json.load", "json.loads", "safe_open", "load_file"}
 
 

@@ -28,6 +28,7 @@ from wancli.models.config import ComputeOptions
 from wancli.models.dit import WanModel
 from wancli.plan import memory_estimate
 from wancli.plan.planner import build_plan
+from wancli.plan.shot import Shot
 from wancli.probe import request
 from wancli.resources.memory_model import Phase
 from wancli.sampling import denoise
@@ -99,16 +100,22 @@ def test_json_is_the_file(probe: Probe, folder: Path) -> None:
     assert not (folder / "out" / "job.map.inject.json").exists()
 
 
-def reference(folder: Path, cache: Path, blocks: list[int], s: float = 1.0) -> tuple[float, float]:
-    """Relative change of the velocity after one plain step where blocks read the injected prompt, by whole
-    forwards of the table; and the same of their outputs mixed with strength s, over s."""
+def load_model(folder: Path, cache: Path) -> tuple[Shot, WanModel, ContextCache]:
+    """The shot of the job, its transformer, and the contexts of its prompts."""
     (shot,) = build_plan(load(folder / "job.yaml"), cache / "hashes.json").shots
     encoded, _ = encode_prompts(
         shot.model, shot.prompts, RenderContext(store.Store(cache / "embeddings"), progress.Progress())
     )
     model = Networks(shot.model).transformer("only")
     with torch.no_grad():
-        contexts = ContextCache(model, {id: one.embedding.rows_NE for id, one in encoded.items()})
+        return shot, model, ContextCache(model, {id: one.embedding.rows_NE for id, one in encoded.items()})
+
+
+def reference(folder: Path, cache: Path, blocks: list[int], s: float = 1.0) -> tuple[float, float]:
+    """Relative change of the velocity after one plain step where blocks read the injected prompt, by whole
+    forwards of the table; and the same of their outputs mixed with strength s, over s."""
+    shot, model, contexts = load_model(folder, cache)
+    with torch.no_grad():
         state = State(denoise.draw_noise(shot.latent_shape, shot.seed))
         plain_table = build_plan(load(folder / "plain.yaml"), cache / "hashes.json").shots[0].table
         (stage,) = shot.stages
@@ -138,13 +145,8 @@ def test_injecting_changes_the_velocity_as_whole_forwards_do(
 
 def first_velocities(folder: Path, cache: Path, block: int) -> tuple[torch.Tensor, torch.Tensor]:
     """The velocity of the first step, plain and with the injected prompt in a block, [C, T, Y, X]."""
-    (shot,) = build_plan(load(folder / "job.yaml"), cache / "hashes.json").shots
-    encoded, _ = encode_prompts(
-        shot.model, shot.prompts, RenderContext(store.Store(cache / "embeddings"), progress.Progress())
-    )
-    model = Networks(shot.model).transformer("only")
+    shot, model, contexts = load_model(folder, cache)
     with torch.no_grad():
-        contexts = ContextCache(model, {id: one.embedding.rows_NE for id, one in encoded.items()})
         x_1CTYX = denoise.draw_noise(shot.latent_shape, shot.seed)[None]
         t = shot.sigma_schedule.timesteps[0]
         a, b = (contexts.context(Text(text.id)) for text in (shot.prompt, shot.injected[0]))

@@ -38,12 +38,12 @@ def render(plan: Plan, context: RenderContext) -> Iterator[Outcome]:
     ClaimedElsewhere at the end if the claims do not wait for other workers and these still hold shots.
     """
     result = preflight(plan, context)
-    if note := describe_rerun(plan.shots, result):
+    if note := _describe_rerun(plan.shots, result):
         context.progress.note(note)
     yield from track_outcomes(_render_all(plan, result, context), result.schedule.shots, context)
 
 
-def describe_rerun(shots: Sequence[Shot], result: PreflightResult) -> str:
+def _describe_rerun(shots: Sequence[Shot], result: PreflightResult) -> str:
     """Say of a job that is rendered in part how many shots are done, and what is new about the others:
     `4 of 6 shots are done already; to render: 1,3 (strength 0.6)`. Empty if all or none are done."""
     todo = {shot.index: shot for shot in result.schedule.shots}

@@ -18,6 +18,7 @@ from wancli.job import extends, images_from, matrix, plain_shots, prompts_from
 from wancli.job.cli_overrides import NO_OVERRIDES, CliOverrides
 from wancli.job.overrides import Layer, Merged, Source, Sources, merge_layers
 from wancli.job.problems import sort_by_line
+from wancli.job.prompt_job import prompt_values
 from wancli.job.schema import Job
 from wancli.job.validation import EXPANSION_KEYS, describe_problems, takes_text
 from wancli.job.yaml_reader import Key
@@ -86,8 +87,7 @@ def build_prompt_job(
     prompt: str, image: str | None, output: str, overrides: CliOverrides = NO_OVERRIDES
 ) -> JobFile:
     """Build a job that sets only a prompt, an output and perhaps a picture. Raises JobError."""
-    values = {"prompt": prompt, "output": output} | ({} if image is None else {"image": image})
-    layer = Layer(Source("the command line", Path.cwd()), values)
+    layer = Layer(Source("the command line", Path.cwd()), prompt_values(prompt, image, output))
     return _build_job_file(merge_layers([layer]), "prompt", Path.cwd(), overrides)
 
 

@@ -12,6 +12,11 @@ from wancli.job.cli_overrides import CliOverrides
 from wancli.storage import atomic
 
 
+def prompt_values(prompt: str, image: str | None, output: str) -> dict[str, Any]:
+    """Return the keys of a job that a prompt, a picture and an output on the command line are."""
+    return {"prompt": prompt, "output": output} | ({} if image is None else {"image": image})
+
+
 def save_prompt_job(path: Path, prompt: str, image: str | None, output: str, overrides: CliOverrides) -> None:
     """Write the job to a new file in the current folder, to which the paths on the command line are relative.
 
@@ -20,7 +25,7 @@ def save_prompt_job(path: Path, prompt: str, image: str | None, output: str, ove
     if path.absolute().parent != Path.cwd():
         hint = "Give the name of a file here: paths in it are relative to its folder."
         raise JobError("is not in the current folder", where=f"--save-job {path}", hint=hint)
-    job: dict[str, Any] = {"prompt": prompt, "output": output} | ({} if image is None else {"image": image})
+    job = prompt_values(prompt, image, output)
     for setting in overrides.parse_settings():
         *parents, name = setting.key.split(".")
         place = job

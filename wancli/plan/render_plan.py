@@ -9,9 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
-from wancli.plan.pictures import (
-    Join,
-)
+from wancli.plan.pictures import Join
 from wancli.plan.schedule import Schedule
 from wancli.plan.shot import Shot
 from wancli.storage.paths import slugify

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from wancli.report.terminal import create_table
@@ -65,7 +65,7 @@ def format_downloads(rows: Sequence[Mapping[str, Any]]) -> Iterator[RenderableTy
         )
     yield table
     total, missing = (sum(row[key] for row in rows) for key in ("bytes", "missing"))
-    licences = ", ".join(dict.fromkeys(row["licence"] or "licence not stated" for row in rows))
+    licences = _list_licences(row["licence"] for row in rows)
     count = pluralize(len(rows), "file")
     yield f"{count}, {format_bytes(total)}; {format_bytes(missing)} to fetch; {licences}"
 
@@ -74,6 +74,10 @@ def describe_start(downloads: Sequence[Download]) -> str:
     """Say how much is fetched, how much the cache has already, and the licences."""
     missing = sum(download.missing for download in downloads)
     size = sum(download.size for download in downloads)
-    licences = ", ".join(dict.fromkeys(d.repository.licence or "licence not stated" for d in downloads))
+    licences = _list_licences(download.repository.licence for download in downloads)
     have = f", {format_bytes(size - missing)} are in the cache" if missing < size else ""
     return f"{pluralize(len(downloads), 'file')}, {format_bytes(missing)} to fetch{have}; {licences}"
+
+
+def _list_licences(licences: Iterable[str]) -> str:
+    return ", ".join(dict.fromkeys(licence or "licence not stated" for licence in licences))

@@ -10,9 +10,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pages
 import pytest
 from jobs import run_wancli
+from PIL import Image
 from selenium.webdriver.common.action_chains import ActionChains
 from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
@@ -589,3 +591,20 @@ def test_the_steps_of_a_cache_are_drawn(browser: Any, quick: Path, tmp_path: Pat
         for branch, steps in reused.items()
     ]
     assert one(driver, "#cache-strip").get_attribute("textContent") == "\n".join(lines)
+
+
+def test_rules_are_listed_and_a_mask_is_drawn_by_its_tokens(
+    browser: Any, quick: Path, tmp_path: Path
+) -> None:
+    mask = tmp_path / "left.png"
+    Image.fromarray(np.array([[255, 0], [255, 0]], np.uint8)).save(mask)
+    items = [{"id": "masked", "inject": [pages.injection() | {"mask": str(mask)}]}]
+    found = pages.render(tmp_path, quick, items=items, emphasis={"cat": 1.5}, measure=False)
+    assert cli.run(["report", str(found)]) == 0
+    driver = browser.open(found / "report.html")
+    rows = [row.text for row in every(driver, "#rules tbody tr")]
+    assert len(rows) == 2
+    assert rows[1].startswith("emphasis.0")
+    tokens = every(driver, "#areas svg rect[fill-opacity='0.5']")
+    assert len(tokens) == 8  # half of 4 x 4 tokens, all white
+    assert {float(token.get_attribute("x")) for token in tokens} == {0, 48}

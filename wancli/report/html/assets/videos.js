@@ -75,10 +75,15 @@ function arrange(shots, axes) {
   const cells = Map.groupBy(shots, (shot) => JSON.stringify([value(wall.rows, shot), columnOf(shot)]));
   const rows = order(wall.rows);
   return h('div', { class: 'scroll' }, h('table', { class: 'wall-table', style: { '--columns': columns.length } },
-    h('thead', {}, h('tr', {}, h('td', {}), columns.map((column) => h('th', { scope: 'col' }, wall.columns ? `${wall.columns}: ${column}` : '')))),
-    h('tbody', {}, rows.map((row) => h('tr', {}, h('th', { scope: 'row', class: 'wall-head' }, wall.rows ? `${wall.rows}: ${row}` : ''),
+    h('thead', {}, h('tr', {}, h('td', {}), columns.map((column) => h('th', { scope: 'col' }, headingOf(wall.columns, column))))),
+    h('tbody', {}, rows.map((row) => h('tr', {}, h('th', { scope: 'row', class: 'wall-head' }, headingOf(wall.rows, row)),
       columns.map((column) => h('td', {}, h('div', { class: 'where' },
         (cells.get(JSON.stringify([row, column])) ?? []).map(card)))))))));
+}
+
+function headingOf(axis, value) {
+  if (!axis) return '';
+  return value === NONE ? `without ${axis}` : `${axis}: ${value}`;
 }
 
 // Only frames near the window have a video: thousands of players at once would stop a browser.
